@@ -1,0 +1,336 @@
+"""The derivative of a model at one image, as products with blocks of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LOG = logging.getLogger(__name__)
+_BLOCK_BYTES = 2**30  # activations that one block of products may hold, by default
+_MAX_CHUNK = 64
+
+
+def linearize(
+    image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None
+) -> Linearization:
+    """Differentiate `model` at `image`.
+
+    Parameters
+    ----------
+    image : Tensor, shape ``image_shape``
+        One image of any shape, float32 or float64; a leading batch dimension of 1 is usual. It is copied.
+    model : callable or nn.Module
+        Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
+        flattened and concatenated in order. Neither its parameters, buffers nor gradients are changed.
+    chunk_size : int, optional
+        How many products go through the model at a time. By default as many as keep the activations of a block
+        within 1 GiB, at most 64.
+
+    Returns
+    -------
+    Linearization
+        Its products ``J v`` and ``Jᵀu``, checked: they are finite and they satisfy the adjoint identity.
+
+    Raises
+    ------
+    TypeError
+        The image or the response is not a floating-point tensor of one dtype.
+    ValueError
+        The image holds more than one image, NaN or infinity; the model is in training mode, on another device,
+        not deterministic, not differentiable, or its derivatives are inconsistent.
+    """
+    return Linearization(image, model, chunk_size=chunk_size)
+
+
+class Linearization:
+    """The Jacobian ``J`` (M × N) of a model at an image, on the torch side. Made by `linearize`.
+
+    Attributes
+    ----------
+    image : Tensor, shape ``image_shape``
+        A detached copy of the image (N elements).
+    response : Tensor, shape ``response_shape``
+        The model's response to it (M elements), detached.
+    chunk_size : int
+        The number of vectors that pass through the model together.
+    n_jvp, n_vjp : int
+        How many vectors were multiplied with J and with Jᵀ since construction.
+    on_product : callable or None
+        Called with the number of products after each chunk (0.5 a vector and direction), for progress bars.
+    """
+
+    def __init__(
+        self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None
+    ) -> None:
+        _check_image(image)
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        if not callable(model):
+            raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
+        _check_model(image, model)
+        self.model = model
+        self.n_jvp = self.n_vjp = 0
+        self.on_product: Callable[[float], None] | None = None
+        with torch.inference_mode(False), torch.no_grad():
+            self.image = image.detach().clone()
+            with _unchanged_buffers(model):
+                self.response, activation_bytes = _check_response(model, self.image)
+            self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
+            _, self._vjp_closure = torch.func.vjp(self._respond, self.image)
+            self._check_derivatives()
+        self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.image.shape)
+
+    @property
+    def response_shape(self) -> tuple[int, ...]:
+        """The response's shape; ``(M,)`` where it consists of several tensors."""
+        return tuple(self.response.shape)
+
+    @property
+    def image_size(self) -> int:
+        """N, the number of elements of the image."""
+        return self.image.numel()
+
+    @property
+    def response_size(self) -> int:
+        """M, the number of elements of the response."""
+        return self.response.numel()
+
+    @property
+    def n_products(self) -> float:
+        """Cost so far: one product is one J v plus one Jᵀu."""
+        return (self.n_jvp + self.n_vjp) / 2
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
+        self._check_block(tangents, "tangents", self.image_shape)
+        out = tangents.new_empty(len(tangents), self.response_size)
+        with torch.inference_mode(False), torch.no_grad():
+            for rows in self._chunks(len(tangents)):
+                out[rows] = self._jvp(tangents[rows])
+                self.n_jvp += rows.stop - rows.start
+                self._report(rows)
+        return out
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
+        self._check_block(cotangents, "cotangents", (self.response_size,))
+        out = cotangents.new_empty(len(cotangents), *self.image_shape)
+        with torch.inference_mode(False), torch.no_grad():
+            for rows in self._chunks(len(cotangents)):
+                out[rows] = self._vjp(cotangents[rows])
+                self.n_vjp += rows.stop - rows.start
+                self._report(rows)
+        return out
+
+    def _respond(self, x: Tensor) -> Tensor:
+        return _flatten(_leaves(self.model(x.clone())))  # cloned: a model may begin with an in-place layer
+
+    def _jvp(self, block: Tensor) -> Tensor:
+        def one(tangent: Tensor) -> Tensor:
+            return torch.func.jvp(self._respond, (self.image,), (tangent,))[1]
+
+        if len(block) == 1:
+            return one(block[0])[None]
+        return torch.func.vmap(one)(block)
+
+    def _vjp(self, block: Tensor) -> Tensor:
+        def one(cotangent: Tensor) -> Tensor:
+            return self._vjp_closure(cotangent)[0]
+
+        if len(block) == 1:
+            return one(block[0])[None]
+        return torch.func.vmap(one)(block)
+
+    def _chunks(self, k: int) -> Iterator[slice]:
+        for start in range(0, k, self.chunk_size):
+            yield slice(start, min(start + self.chunk_size, k))
+
+    def _report(self, rows: slice) -> None:
+        if self.on_product is not None:
+            self.on_product((rows.stop - rows.start) / 2)
+
+    def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
+        if not isinstance(block, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(block).__name__}")
+        if tuple(block.shape[1:]) != shape or block.ndim == 0:
+            wanted = ", ".join(map(str, ("k", *shape)))
+            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(block.shape)}")
+        if block.dtype != self.image.dtype or block.device != self.image.device:
+            raise TypeError(
+                f"{name} must be {self.image.dtype} on {self.image.device} like the image, "
+                f"got {block.dtype} on {block.device}"
+            )
+
+    def _check_derivatives(self) -> None:
+        """Hold one block of products to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩, with u along J v."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(2, *self.image_shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
+        if self.chunk_size > 1:
+            try:
+                jv = self.jvp(v)
+                self.vjp(jv)
+            except RuntimeError as error:  # vmap can't batch this model: one product at a time gives the same
+                _LOG.info("products go through the model one at a time, since vmap refuses it: %s", error)
+                self.chunk_size = 1
+        jv = self.jvp(v)
+        norms = torch.linalg.vector_norm(jv, dim=1)
+        u = jv / torch.where(norms > 0, norms, 1.0)[:, None]
+        jtu = self.vjp(u)
+        if not (torch.isfinite(jv).all() and torch.isfinite(jtu).all()):
+            raise ValueError(
+                "the model's derivative at this image holds NaN or infinity, though its response is finite; "
+                "a square root, norm or division of zero is the usual cause: add a small constant inside it"
+            )
+        gap = (norms.double() - (v.double() * jtu.double()).flatten(1).sum(1)).abs()
+        tolerance = torch.finfo(self.image.dtype).eps ** 0.5
+        if (gap > tolerance * norms).any():
+            raise ValueError(
+                f"the model's forward-mode and reverse-mode derivatives disagree by {float((gap / norms).max()):.1e} "
+                f"of ⟨J v, u⟩ (allowed: {tolerance:.1e}): a custom autograd function whose jvp or backward is wrong is "
+                "the usual cause"
+            )
+
+
+def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}: use torch.as_tensor(image)")
+    if image.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
+    if image.numel() == 0:
+        raise ValueError(f"image is empty: its shape is {tuple(image.shape)}")
+    if image.ndim >= 4 and image.shape[0] > 1:
+        raise ValueError(
+            f"image must be one image, got a batch of {image.shape[0]} (shape {tuple(image.shape)}): take them one at "
+            "a time, `for one in image.split(1)`; where the first dimension is no batch, pass `image[None]` and "
+            "`lambda x: model(x[0])`"
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError("image holds NaN or infinity")
+
+
+def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        changes_in_training = isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase)
+        if changes_in_training and module.training:
+            raise ValueError(
+                f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
+                "response is random or depends on its history: call model.eval() first"
+            )
+    state = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
+    for what, own, theirs in (
+        ("device", image.device, {t.device for t in state}),
+        ("dtype", image.dtype, {t.dtype for t in state}),
+    ):
+        if state and own not in theirs:
+            others = ", ".join(sorted(map(str, theirs)))
+            raise ValueError(
+                f"image and model must share one {what}, got an image of {own} and a model of {others}: use "
+                "image.to(...) or model.to(...)"
+            )
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(model: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Restore the buffers that a model changes while it is examined, and refuse such a model."""
+    before = {name: buffer.clone() for name, buffer in _buffers(model)}
+    changed = []
+    try:
+        yield
+    finally:
+        for name, buffer in _buffers(model):
+            if not torch.allclose(buffer, before[name], rtol=0, atol=0, equal_nan=True):
+                buffer.copy_(before[name])
+                changed.append(name)
+    if changed:
+        raise ValueError(
+            f"model changes its buffer {changed[0]!r} at every call, so that its response depends on its history: "
+            "freeze it, by model.eval() or in the model's forward"
+        )
+
+
+def _buffers(model: Callable[[Tensor], Any]) -> Iterator[tuple[str, Tensor]]:
+    return model.named_buffers() if isinstance(model, nn.Module) else iter(())
+
+
+class _ActivationBytes(TorchDispatchMode):
+    """Adds up the bytes of everything that a forward pass computes: a bound on what it can hold at once."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(out, Tensor):
+            self.total += out.numel() * out.element_size()
+        return out
+
+
+def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tensor, int]:
+    """Run the model twice; return its response, and the bytes of its activations."""
+    with torch.enable_grad():
+        x = image.clone().requires_grad_()
+        leaves = _leaves(model(x.clone()))
+        for leaf in leaves:
+            if leaf.dtype != image.dtype or leaf.device != image.device:
+                raise TypeError(
+                    f"the response must be {image.dtype} on {image.device} like the image, got {leaf.dtype} on "
+                    f"{leaf.device}: let the model return only what it computes from the image in that dtype"
+                )
+        flat = _flatten(leaves)
+        if flat.numel() == 0:
+            raise ValueError("the model's response is empty")
+        slope = None
+        if flat.requires_grad:
+            (slope,) = torch.autograd.grad(flat, x, torch.ones_like(flat), allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            "the model's response has no gradient with respect to the image: it does not depend on the image, or only "
+            "through steps that can't be differentiated (detach, no_grad, rounding, argmax, conversion to NumPy)"
+        )
+    response = (leaves[0] if len(leaves) == 1 else flat).detach().clone()
+    if not torch.isfinite(response).all():
+        raise ValueError("the model's response to this image holds NaN or infinity")
+    with _ActivationBytes() as activations:
+        again = _flatten(_leaves(model(image.clone())))
+    if again.numel() != response.numel():
+        raise ValueError(f"the model answered with {response.numel()} values, then with {again.numel()}")
+    difference = float((again - response.flatten()).abs().max())
+    scale = float(response.abs().max())
+    if not difference <= 100 * torch.finfo(image.dtype).eps * scale:
+        raise ValueError(
+            f"the model answers differently when asked twice: its responses differ by up to {difference:.2g} where "
+            f"they reach {scale:.2g}; remove its randomness (model.eval(), a fixed seed inside)"
+        )
+    return response, activations.total
+
+
+def _leaves(response: Any) -> list[Tensor]:
+    """The tensors of a nested response, in order."""
+    if isinstance(response, Tensor):
+        return [response]
+    if isinstance(response, Mapping):
+        return [leaf for part in response.values() for leaf in _leaves(part)]
+    if isinstance(response, tuple | list):
+        return [leaf for part in response for leaf in _leaves(part)]
+    raise TypeError(
+        "the model's response must be a tensor, or a nesting of tuples, lists and dicts of tensors; "
+        f"it holds {type(response).__name__}"
+    )
+
+
+def _flatten(leaves: list[Tensor]) -> Tensor:
+    if not leaves:
+        raise ValueError("the model's response holds no tensor")
+    return torch.cat([leaf.reshape(-1) for leaf in leaves])

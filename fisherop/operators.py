@@ -1,0 +1,211 @@
+"""The Jacobian and the Fisher information matrix as SciPy operators: the only crossing between torch and NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherop.linearize import Linearization, linearize
+
+_DENSE_BYTES = 2**31
+
+
+class _ModelOperator(LinearOperator):
+    """What both operators share: a linearization, the boundary to NumPy, the checks of what comes in."""
+
+    def __init__(self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> None:
+        self._bind(linearize(image, model, chunk_size=chunk_size))
+
+    @classmethod
+    def from_linearization(cls, linearization: Linearization) -> _ModelOperator:
+        """The operator of a linearization that exists already; nothing is computed."""
+        operator = cls.__new__(cls)
+        operator._bind(linearization)
+        return operator
+
+    def _bind(self, linearization: Linearization) -> None:
+        self.linearization = linearization
+        dtype = np.dtype(str(linearization.image.dtype).removeprefix("torch."))
+        super().__init__(dtype, self._shape_for(linearization))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of the image; its N elements are the operator's columns, in C order."""
+        return self.linearization.image_shape
+
+    @property
+    def response_shape(self) -> tuple[int, ...]:
+        """Shape of the model's response, M elements."""
+        return self.linearization.response_shape
+
+    @property
+    def n_products(self) -> float:
+        """Products done so far (one is one J v plus one Jᵀu), of every operator on the same linearization."""
+        return self.linearization.n_products
+
+    def to_tensors(self, columns: ArrayLike) -> Tensor:
+        """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
+        rows = self._to_torch(columns)
+        return rows.reshape(len(rows), *self.image_shape)
+
+    @staticmethod
+    def to_columns(block: Tensor) -> NDArray[np.floating]:
+        """A block of tensors ``(k, ...)`` as columns ``(N, k)``."""
+        return block.flatten(1).cpu().numpy().T
+
+    def _to_torch(self, columns: ArrayLike) -> Tensor:
+        rows = np.ascontiguousarray(np.asarray(columns).T, dtype=self.dtype)
+        image = self.linearization.image
+        return torch.from_numpy(rows.copy() if not rows.flags.writeable else rows).to(image.device)
+
+    # The public methods check, then leave the rest to SciPy; (n, 1) goes to the block product, where it belongs.
+
+    def matvec(self, x: ArrayLike) -> NDArray:
+        x = self._checked(x, self.shape[1], (1, 2))
+        return super().matvec(x) if x.ndim == 1 else self.matmat(x)
+
+    def matmat(self, X: ArrayLike) -> NDArray:
+        return super().matmat(self._checked(X, self.shape[1], (2,)))
+
+    def rmatvec(self, x: ArrayLike) -> NDArray:
+        x = self._checked(x, self.shape[0], (1, 2))
+        return super().rmatvec(x) if x.ndim == 1 else self.rmatmat(x)
+
+    def rmatmat(self, X: ArrayLike) -> NDArray:
+        return super().rmatmat(self._checked(X, self.shape[0], (2,)))
+
+    def _checked(self, x: ArrayLike, length: int, ndims: tuple[int, ...]) -> NDArray:
+        if not isinstance(x, np.ndarray):
+            x = np.asanyarray(x)
+        if x.ndim not in ndims or x.shape[0] != length:
+            wanted = " or ".join({1: f"({length},)", 2: f"({length}, k)"}[n] for n in ndims)
+            raise ValueError(f"{self!r} multiplies arrays of shape {wanted}, got {x.shape}")
+        return x
+
+    def _product(self, multiply: Callable[[NDArray], NDArray], X: NDArray) -> NDArray:
+        if not np.issubdtype(X.dtype, np.number) and X.dtype != bool:
+            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {X.dtype}")
+        if np.iscomplexobj(X):
+            return self._product(multiply, X.real) + 1j * self._product(multiply, X.imag)
+        if not np.isfinite(X).all():
+            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
+        return multiply(X)
+
+
+class JacobianOperator(_ModelOperator):
+    """The Jacobian ``J = df/dx`` of a model at an image, shape (M, N), as a SciPy ``LinearOperator``.
+
+    Parameters
+    ----------
+    image : Tensor, shape ``image_shape``
+        The image, N elements, float32 or float64.
+    model : callable or nn.Module
+        Its response has M elements; see `linearize` for what is accepted, and for the errors raised.
+    chunk_size : int, optional
+        How many vectors go through the model at a time.
+
+    Notes
+    -----
+    ``J @ V`` costs a forward-mode derivative a column, ``J.H @ U`` a reverse-mode one. Vectors of another dtype are
+    cast; the result has the operator's dtype, which is the image's.
+    """
+
+    dense: NDArray | None = None
+    """The matrix (M, N), once `to_dense` has computed it."""
+
+    @staticmethod
+    def _shape_for(linearization: Linearization) -> tuple[int, int]:
+        return linearization.response_size, linearization.image_size
+
+    def _matmat(self, X: NDArray) -> NDArray:
+        return self._product(lambda X: self.to_columns(self.linearization.jvp(self.to_tensors(X))), X)
+
+    def _rmatmat(self, X: NDArray) -> NDArray:
+        return self._product(lambda X: self.to_columns(self.linearization.vjp(self._to_torch(X))), X)
+
+    def to_dense(self, max_bytes: int = _DENSE_BYTES) -> NDArray:
+        """The matrix (M, N), by min(M, N) products with unit vectors; it is kept in `dense`, read-only.
+
+        Raises
+        ------
+        ValueError
+            It would take more than `max_bytes` (2 GiB by default).
+        """
+        if self.dense is not None:
+            return self.dense
+        _check_dense_size(self, max_bytes)
+        lin, (m, n) = self.linearization, self.shape
+        by_rows = m <= n
+        dense = np.empty((m, n) if by_rows else (n, m), self.dtype)
+        for start in range(0, len(dense), lin.chunk_size):
+            unit = np.zeros((len(dense), min(lin.chunk_size, len(dense) - start)), self.dtype)
+            np.fill_diagonal(unit[start:], 1.0)
+            block = self.rmatmat(unit) if by_rows else self.matmat(unit)
+            dense[start : start + unit.shape[1]] = block.T
+        self.dense = dense if by_rows else dense.T
+        self.dense.flags.writeable = False
+        return self.dense
+
+
+class FisherOperator(_ModelOperator):
+    """The Fisher information matrix ``F = JᵀJ`` of a model at an image, shape (N, N), as a SciPy ``LinearOperator``.
+
+    It is that of a response with white Gaussian noise of unit variance: ``‖J v‖² = vᵀF v`` is the squared
+    discriminability of a small change v of the image. F is symmetric and positive semidefinite.
+
+    Parameters
+    ----------
+    image, model, chunk_size
+        As in `JacobianOperator`.
+    """
+
+    @staticmethod
+    def _shape_for(linearization: Linearization) -> tuple[int, int]:
+        return linearization.image_size, linearization.image_size
+
+    @property
+    def jacobian(self) -> JacobianOperator:
+        """The Jacobian operator on the same linearization."""
+        if not hasattr(self, "_jacobian"):
+            self._jacobian = JacobianOperator.from_linearization(self.linearization)
+        return self._jacobian
+
+    def _matmat(self, X: NDArray) -> NDArray:
+        lin = self.linearization
+        return self._product(lambda X: self.to_columns(lin.vjp(lin.jvp(self.to_tensors(X)))), X)
+
+    def _rmatmat(self, X: NDArray) -> NDArray:
+        return self._matmat(X)
+
+    def _adjoint(self) -> FisherOperator:
+        return self
+
+    def _transpose(self) -> FisherOperator:
+        return self
+
+    def to_dense(self, max_bytes: int = _DENSE_BYTES) -> NDArray:
+        """The matrix (N, N), from the dense Jacobian.
+
+        Raises
+        ------
+        ValueError
+            It, or the Jacobian, would take more than `max_bytes` (2 GiB by default).
+        """
+        _check_dense_size(self, max_bytes)
+        dense = self.jacobian.to_dense(max_bytes)
+        return dense.T @ dense
+
+
+def _check_dense_size(operator: _ModelOperator, max_bytes: int) -> None:
+    needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
+            f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"
+        )

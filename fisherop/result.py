@@ -1,0 +1,347 @@
+"""What a solver's answer is worth: certificates by fresh products, whoever found the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PROBE_STEPS = 30
+
+
+class Status(str, Enum):
+    """What is known of a pair (λ, v); ``tol`` is relative to λ_max. Each text says what to make of it."""
+
+    EIGENPAIR = "eigenpair"
+    """‖F v − λ v‖₂ ≤ tol · λ_max."""
+    NULL = "null to tol"
+    """At the smallest end, ‖J v‖₂² ≤ tol · λ_max, jointly with all later pairs: a proof, without a residual."""
+    NOT_EXTREME = "not extreme"
+    """An eigenpair, but its index is wrong: a direction beyond it exists."""
+    UNCONVERGED = "not converged"
+    """None of these."""
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True, eq=False)
+class EigenResult:
+    """Certified eigenpairs of F = JᵀJ (N × N), J of shape (M, N).
+
+    Attributes
+    ----------
+    eigenvalues : ndarray, shape (K,)
+        Rayleigh quotients ‖J v‖₂² of the eigenvectors, descending, accumulated in float64.
+    eigenvectors : ndarray, shape (N, K)
+        Orthonormal columns, in the operator's dtype.
+    eigenindex : ndarray of int, shape (K,)
+        The rank that is claimed for each among all N: 0 for the largest, N − 1 for the smallest.
+    residual_norms : ndarray, shape (K,)
+        ‖F v − λ v‖₂.
+    status : ndarray of Status, shape (K,)
+        What the pair satisfies.
+    converged : ndarray of bool, shape (K,)
+        Whether it is an eigenpair or null to tol, with no evidence against its index.
+    tol : float
+        The tolerance, relative to λ_max.
+    method : str
+        The solver.
+    n_products : float
+        Products spent, the certificate's included; one product is one J v plus one Jᵀu.
+    image_size, response_size : int
+        N and M.
+    lambda_max_bounds, lambda_min_bounds : (float, float)
+        Intervals for the extreme eigenvalues of F. From below λ_max is bounded by a Rayleigh quotient (from above by
+        the solver's own theory, or infinity); 0 ≤ λ_min ≤ a Rayleigh quotient, since F is positive semidefinite, and
+        λ_min = 0 where M < N.
+    noise : float
+        Relative rounding error of a product, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below 2 ε λ_max and
+        eigenvalues below 4 ε² λ_max are noise; the inequalities above are held with these margins.
+    ground : str
+        Why the pairs are believed to be the extreme ones.
+    details : mapping
+        What else the solver reports.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.floating]
+    eigenindex: NDArray[np.intp]
+    residual_norms: NDArray[np.float64]
+    status: NDArray[np.object_]
+    tol: float
+    method: str
+    n_products: float
+    image_size: int
+    response_size: int
+    lambda_max_bounds: tuple[float, float]
+    lambda_min_bounds: tuple[float, float]
+    noise: float
+    ground: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for array in (self.eigenvalues, self.eigenvectors, self.eigenindex, self.residual_norms, self.status):
+            array.flags.writeable = False
+        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+
+    @property
+    def converged(self) -> NDArray[np.bool_]:
+        return np.isin(self.status.astype(str), [Status.EIGENPAIR, Status.NULL])
+
+    def __str__(self) -> str:
+        top = self.lambda_max_bounds[0]
+        scale = top if top > 0 else 1.0
+        lines = [
+            f"{self.method}: {len(self.eigenvalues)} eigenpairs of F ({self.image_size} × {self.image_size}), "
+            f"J is {self.response_size} × {self.image_size}, tol {self.tol:.0e}, {self.n_products:g} products",
+            "",
+            f"{'index':>9}  {'eigenvalue':>12}  {'/ λ_max':>9}  {'residual / λ_max':>16}  status",
+        ]
+        rows = zip(self.eigenindex, self.eigenvalues, self.residual_norms, self.status, strict=True)
+        for index, value, residual, status in rows:
+            lines.append(f"{index:>9}  {value:>12.5e}  {value / scale:>9.2e}  {residual / scale:>16.1e}  {status}")
+        upper = self.lambda_max_bounds[1]
+        above = f" ≤ {upper:.5e}" if np.isfinite(upper) else ""
+        zero = " (M < N)" if self.response_size < self.image_size else ""
+        lines += [
+            "",
+            f"λ_max: {top:.5e} ≤ λ_max{above}",
+            f"λ_min: 0 ≤ λ_min ≤ {self.lambda_min_bounds[1]:.5e}{zero}",
+            f"extreme: {self.ground}",
+            f"noise: residuals below {2 * self.noise:.0e} λ_max are rounding",
+        ]
+        lines += [f"{name}: {value}" for name, value in self.details.items()]
+        return "\n".join(lines)
+
+
+class ConvergenceError(RuntimeError):
+    """A solver did not reach `tol`. What it found stands, certified, in `result`."""
+
+    def __init__(self, message: str, result: EigenResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class SolverStopped(RuntimeError):
+    """Raised by a solver that can't go on; carries what it has, columns (N, k') by descending eigenvalue."""
+
+    def __init__(self, message: str, largest: NDArray, smallest: NDArray) -> None:
+        super().__init__(message)
+        self.largest = largest
+        self.smallest = smallest
+
+
+def certify(
+    operator: Any,
+    vectors: ArrayLike,
+    eigenindex: Sequence[int],
+    *,
+    tol: float = 1e-6,
+    method: str = "certify",
+    probe: int = PROBE_STEPS,
+    rng: int | np.random.Generator | None = None,
+    ground: str | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> EigenResult:
+    """Certify that vectors are the eigenvectors of F they are said to be, by fresh products and nothing else.
+
+    Costs 1 product a vector, 1 for the noise, and `probe` to look for directions beyond those found.
+
+    Parameters
+    ----------
+    operator : FisherOperator, shape (N, N)
+    vectors : array_like, shape (N, K)
+        Orthonormal columns, by descending eigenvalue.
+    eigenindex : sequence of int, length K
+        The index claimed for each, ascending; −1 stands for N − 1, and so on.
+    tol : float
+        Relative to λ_max. Since λ_max is replaced by a Rayleigh quotient, which is at most λ_max, no pair passes
+        that should not.
+    probe : int
+        Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
+        shows that its index is wrong. 0 for vectors whose index is proven otherwise (state it in `ground`).
+    rng : int or Generator, optional
+        For the probe.
+    method, ground, details
+        Are kept in the result.
+
+    Returns
+    -------
+    EigenResult
+
+    Raises
+    ------
+    ValueError
+        The vectors are not finite, orthonormal and in descending order of their Rayleigh quotients, or the indices
+        don't fit.
+    """
+    before = operator.n_products
+    n, m = operator.shape[0], operator.jacobian.shape[0]
+    rng = np.random.default_rng(rng)
+    v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
+    index = _check_index(eigenindex, n)
+    if v.shape != (n, len(index)):
+        raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
+    norms = _check_orthonormal(v, np.finfo(operator.dtype).eps)
+
+    jacobian = operator.jacobian
+    jv = jacobian.matmat(v).astype(np.float64) / norms
+    values = np.einsum("ij,ij->j", jv, jv)
+    order = _check_order(values, np.finfo(operator.dtype).eps)
+    v, jv, values = v[:, order], jv[:, order], values[order]
+    fv = jacobian.rmatmat(jv).astype(np.float64)
+    residuals = np.linalg.norm(fv - values * (v / norms[order]), axis=0)
+
+    low, high = ritz_extremes(operator, v, min(probe, n - len(index)), rng)
+    noise = _noise(jacobian, v, max(values.max(initial=0.0), high) ** 0.5, rng)
+    scale = max(values.max(initial=0.0), high * (1 - 2 * noise))
+    status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
+    if ground is None:
+        ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
+        if Status.NOT_EXTREME in status:
+            ground = "refuted for the pairs marked: a direction beyond them exists"
+        elif probe == 0 or len(index) == 0:
+            ground = "not examined"
+    details = dict(details or {})
+    return EigenResult(
+        eigenvalues=values,
+        eigenvectors=v,
+        eigenindex=index,
+        residual_norms=residuals,
+        status=status,
+        tol=tol,
+        method=method,
+        n_products=operator.n_products - before,
+        image_size=n,
+        response_size=m,
+        lambda_max_bounds=(scale, max(scale, details.pop("lambda_max_upper", np.inf))),
+        lambda_min_bounds=(0.0, 0.0 if m < n else min(values.min(initial=np.inf), low + 2 * noise * scale)),
+        noise=noise,
+        ground=ground,
+        details=details,
+    )
+
+
+def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
+    index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
+    if len(index) and not (0 <= index[0] and index[-1] < n and (np.diff(index) > 0).all()):
+        raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
+    return index
+
+
+def _check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
+    if not np.isfinite(v).all():
+        raise ValueError("vectors hold NaN or infinity")
+    gram = v.T.astype(np.float64) @ v.astype(np.float64)
+    deviation = np.abs(gram - np.eye(len(gram))).max(initial=0.0)
+    if deviation > 1000 * eps:
+        raise ValueError(
+            f"vectors must be orthonormal to {1000 * eps:.0e}, but VᵀV differs from the identity by {deviation:.1e}: "
+            "orthonormalise them first, with numpy.linalg.qr"
+        )
+    return np.sqrt(np.diag(gram))
+
+
+def _check_order(values: NDArray[np.float64], eps: float) -> NDArray[np.intp]:
+    """The permutation that sorts values which are in descending order but for rounding."""
+    rise = np.diff(values).max(initial=0.0)
+    if rise > 1000 * eps * values.max(initial=0.0):
+        j = int(np.argmax(np.diff(values)))
+        raise ValueError(
+            f"vectors must be in descending order of ‖J v‖², but column {j} has {values[j]:.6g} and column {j + 1} "
+            f"{values[j + 1]:.6g}"
+        )
+    return np.argsort(-values, kind="stable")
+
+
+def ritz_extremes(operator: Any, found: NDArray, steps: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Extreme Ritz values of F after some Lanczos steps in the complement of `found`; (inf, 0) after none.
+
+    Each is the Rayleigh quotient of a vector orthogonal to `found`, so no bound on F's spectrum can contradict it.
+    """
+
+    def orthogonalize(w: NDArray, count: int) -> NDArray:
+        for _ in range(2):
+            w = w - found @ (found.T @ w)
+            w = w - basis[:, :count] @ (basis[:, :count].T @ w)
+        return w
+
+    n = operator.shape[0]
+    eps = np.finfo(operator.dtype).eps
+    basis = np.empty((n, steps), operator.dtype)
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    w = orthogonalize(rng.standard_normal(n), 0)
+    length = np.linalg.norm(w)
+    for j in range(steps):
+        basis[:, j] = w / length
+        image = (operator @ basis[:, j]).astype(np.float64)
+        diagonal.append(float(basis[:, j] @ image))
+        w = orthogonalize(image, j + 1)
+        length = np.linalg.norm(w)
+        if length <= 10 * eps * np.linalg.norm(image):
+            break  # the Krylov space is exhausted
+        off_diagonal.append(float(length))
+    if not diagonal:
+        return np.inf, 0.0
+    off = off_diagonal[: len(diagonal) - 1]
+    ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0)
+
+
+def _noise(jacobian: Any, v: NDArray, sigma_max: float, rng: np.random.Generator) -> float:
+    """ε = ‖J(x + y) − J x − J y‖ / σ_max, the larger of x random and x the leading vector; y random, all unit."""
+    if sigma_max == 0:
+        return 0.0
+    xy = rng.standard_normal((jacobian.shape[1], 2))
+    xy = (xy / np.linalg.norm(xy, axis=0)).astype(jacobian.dtype)
+    if v.shape[1]:
+        xy = np.column_stack([xy, v[:, 0]]).astype(jacobian.dtype)
+    y, xs = xy[:, :1], xy[:, 1:]
+    products = jacobian.matmat(np.column_stack([xy, xs + y])).astype(np.float64)
+    j_y, j_xs, j_sums = products[:, :1], products[:, 1 : xy.shape[1]], products[:, xy.shape[1] :]
+    return float(np.linalg.norm(j_sums - j_xs - j_y, axis=0).max() / sigma_max)
+
+
+def _status(
+    index: NDArray[np.intp],
+    values: NDArray[np.float64],
+    residuals: NDArray[np.float64],
+    jv: NDArray[np.float64],
+    low: float,
+    high: float,
+    scale: float,
+    tol: float,
+    noise: float,
+    m: int,
+    n: int,
+) -> NDArray[np.object_]:
+    allowed = tol * scale
+    is_pair = residuals + 2 * noise * scale <= allowed
+
+    # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span.
+    first_null = len(index)
+    while first_null > 0 and index[first_null - 1] == n - (len(index) - first_null) - 1:
+        largest = np.linalg.norm(jv[:, first_null - 1 :], ord=2) + noise * scale**0.5
+        if largest**2 > allowed:
+            break
+        first_null -= 1
+    is_null = np.arange(len(index)) >= first_null
+
+    slack = (tol + 4 * noise) * scale
+    from_top = index == np.arange(len(index))
+    from_bottom = index == np.arange(n - len(index), n)
+    beyond = (from_top & (values < high - slack)) | (from_bottom & (values > low + slack)) | (
+        (index >= m) & (values > slack)
+    )
+
+    status = np.full(len(index), Status.UNCONVERGED, dtype=object)
+    status[is_pair] = Status.EIGENPAIR
+    status[is_pair & beyond] = Status.NOT_EXTREME
+    status[is_null] = Status.NULL
+    return status

@@ -1,0 +1,216 @@
+"""Solvers for the extreme eigenpairs of F, each a plain function; `eigenpairs` picks one and certifies its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from fisherop.operators import FisherOperator, JacobianOperator
+from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify
+from fisherop.solvers.eigsh import eigsh
+from fisherop.solvers.exact import exact
+from fisherop.solvers.lobpcg import lobpcg
+from fisherop.solvers.power import power
+from fisherop.solvers.randomized_svd import randomized_svd
+from fisherop.solvers.svds import svds
+
+SOLVERS: dict[str, Callable[..., tuple]] = {
+    solver.__name__: solver for solver in (exact, eigsh, lobpcg, svds, power, randomized_svd)
+}
+_OWN_OPTIONS = {"tol", "maxiter", "rng"}
+
+
+def eigenpairs(
+    operator: FisherOperator | JacobianOperator,
+    k: int = 1,
+    which: str = "both",
+    *,
+    method: str | Callable[..., tuple] = "eigsh",
+    tol: float = 1e-6,
+    maxiter: int | None = None,
+    rng: int | np.random.Generator | None = None,
+    progress: bool = True,
+    on_failure: str = "raise",
+    **options: Any,
+) -> EigenResult:
+    """The k most and the k least noticeable directions of an image: extreme eigenpairs of F, certified.
+
+    Parameters
+    ----------
+    operator : FisherOperator or JacobianOperator
+        Of the model at the image, N elements.
+    k : int
+        How many pairs at each end.
+    which : {"both", "largest", "smallest"}
+        The ends of the spectrum.
+    method : str or callable
+        ``"exact"``, ``"eigsh"``, ``"lobpcg"``, ``"svds"``, ``"power"``, ``"randomized_svd"``; or a solver of your own,
+        called as ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
+        ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
+        dict, goes to ``result.details``. The values are recomputed.
+    tol : float
+        Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
+        ‖J v‖² ≤ tol · λ_max. Solvers aim at half of it, so that rounding doesn't decide.
+    maxiter : int, optional
+        The solver's own iterations; see there for the default.
+    rng : int or Generator, optional
+        The same seed gives the same bits on one machine.
+    progress : bool
+        Show the products done, once a second has passed.
+    on_failure : {"raise", "warn"}
+        What happens when a pair did not converge.
+    **options
+        The solver's own; see there.
+
+    Returns
+    -------
+    EigenResult
+        Each vector's sign is such that its inner product with the standard normal vector of NumPy's
+        ``default_rng(0)`` is positive.
+
+    Raises
+    ------
+    ConvergenceError
+        A pair did not converge, or is shown not to be the extreme one. What was found is in its ``result``.
+    TypeError, ValueError
+        An argument can't be used; the message says what to do.
+    """
+    operator = _fisher(operator)
+    n = operator.shape[0]
+    _check_arguments(k, which, tol, maxiter, on_failure, n)
+    solver, name = _choose(method, options)
+    if which == "both" and 2 * k > n and solver is not exact:
+        raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: lower k, use which='largest', or method='exact'")
+    rng = np.random.default_rng(rng)
+    before = operator.n_products
+    stopped: SolverStopped | None = None
+    certificate = 1.5 * min(n, 2 * k) + 2.5
+    total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
+    with _progress_bar(operator, name, total, progress):
+        try:
+            _, vectors, *more = solver(operator, k, which, tol=tol / 2, maxiter=maxiter, rng=rng, **options)
+            details = more[0] if more else {}
+            vectors, index = _check_answer(vectors, k, which, n, name)
+        except SolverStopped as error:
+            stopped, details = error, {}
+            vectors = np.hstack([error.largest, error.smallest])
+            index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
+        result = certify(
+            operator,
+            _rayleigh_ritz(operator, vectors),
+            index,
+            tol=tol,
+            method=name,
+            probe=0 if solver is exact else 30,
+            rng=rng,
+            ground="all singular values of the dense J" if solver is exact else None,
+            details=details,
+        )
+    result = dataclasses.replace(result, n_products=operator.n_products - before)
+    if stopped is not None or not result.converged.all():
+        error = ConvergenceError(_explain(result, stopped), result)
+        if on_failure == "raise":
+            raise error from stopped
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
+    if isinstance(operator, JacobianOperator):
+        return FisherOperator.from_linearization(operator.linearization)
+    if not isinstance(operator, FisherOperator):
+        raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
+    return operator
+
+
+def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_failure: str, n: int) -> None:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= n:
+        raise ValueError(f"k must be an integer from 1 to N = {n}, got {k!r}")
+    if which not in ("both", "largest", "smallest"):
+        raise ValueError(f"which must be 'both', 'largest' or 'smallest', got {which!r}")
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1 (it is relative to λ_max), got {tol!r}")
+    if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 1):
+        raise ValueError(f"maxiter must be a positive integer or None, got {maxiter!r}")
+    if on_failure not in ("raise", "warn"):
+        raise ValueError(f"on_failure must be 'raise' or 'warn', got {on_failure!r}")
+
+
+def _choose(method: str | Callable[..., tuple], options: dict[str, Any]) -> tuple[Callable[..., tuple], str]:
+    if callable(method):
+        return method, getattr(method, "__name__", type(method).__name__)
+    if method not in SOLVERS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, SOLVERS))} or a callable, got {method!r}")
+    keywords = {p.name for p in inspect.signature(SOLVERS[method]).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    allowed = sorted(keywords - _OWN_OPTIONS)
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"method {method!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}")
+    return SOLVERS[method], method
+
+
+def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:
+    top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
+    index = np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
+    vectors = np.asarray(vectors)
+    if vectors.shape != (n, len(index)):
+        raise ValueError(f"solver {name!r} returned vectors of shape {vectors.shape}, not {(n, len(index))}")
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"solver {name!r} returned vectors with NaN or infinity")
+    return vectors, index
+
+
+def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
+    """The best vectors within the span: orthonormal, rotated by the SVD of J times them, in float64; signs fixed."""
+    basis = np.linalg.qr(vectors.astype(np.float64))[0]
+    images = operator.jacobian.matmat(basis).astype(np.float64)
+    rotation = np.linalg.svd(np.linalg.qr(images, mode="r"))[2]
+    vectors = basis @ rotation.T
+    signs = np.random.default_rng(0).standard_normal(len(vectors)) @ vectors
+    return vectors * np.where(signs < 0, -1.0, 1.0)
+
+
+@contextmanager
+def _progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[None]:
+    """Count products on the screen, for whatever solver makes them."""
+    lin = operator.linearization
+    with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
+        lin.on_product = bar.update
+        try:
+            yield
+        finally:
+            lin.on_product = None
+
+
+def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
+    scale = result.lambda_max_bounds[0]
+    parts = [f"method {result.method!r} did not reach tol={result.tol:.1g} in {result.n_products:g} products"]
+    if stopped is not None:
+        parts.append(str(stopped))
+    for i in np.flatnonzero(~result.converged)[:4]:
+        parts.append(
+            f"eigenindex {result.eigenindex[i]}: λ = {result.eigenvalues[i]:.3e}, residual "
+            f"{result.residual_norms[i] / scale:.1e} λ_max, {result.status[i]}"
+        )
+    if Status.NOT_EXTREME in result.status or (stopped is not None and result.response_size < result.image_size):
+        advice = (
+            "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
+            "method='lobpcg' or 'exact'"
+        )
+    elif 2 * result.noise > result.tol / 2:
+        advice = (
+            f"rounding alone gives residuals of {2 * result.noise:.1e} λ_max; use a float64 image and model, or a "
+            "larger tol"
+        )
+    else:
+        advice = "raise maxiter, accept a larger tol, or use another method"
+    parts.append(advice + "; what was found is in the error's .result, or returned with on_failure='warn'")
+    return ".\n".join(parts)

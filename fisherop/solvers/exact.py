@@ -1,0 +1,70 @@
+"""The dense Jacobian and its singular value decomposition: the ground truth where it fits in memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from fisherop.operators import FisherOperator
+
+
+def exact(
+    operator: FisherOperator,
+    k: int,
+    which: str,
+    *,
+    tol: float,
+    maxiter: int | None,
+    rng: np.random.Generator,
+    max_bytes: int | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, Any]]:
+    """All singular values of the dense J, in float64; not eigenvalues of F, which squares the condition number.
+
+    `tol`, `maxiter` and `rng` have no effect. J is kept in ``operator.jacobian.dense``. Costs min(M, N) / 2 products.
+
+    Parameters
+    ----------
+    max_bytes : int, optional
+        Memory allowed; by default half of what the machine has.
+
+    Returns
+    -------
+    values (K,), vectors (N, K)
+        K = N and everything, where ``which="both"`` and 2 k ≥ N.
+
+    Raises
+    ------
+    ValueError
+        J and its decomposition would take more than `max_bytes`.
+    """
+    jacobian = operator.jacobian
+    m, n = jacobian.shape
+    side = n if m < n else min(m, n)
+    needed = m * n * (jacobian.dtype.itemsize + 2 * 8) + 5 * side**2 * 8
+    allowed = _half_of_memory() if max_bytes is None else max_bytes
+    if needed > allowed:
+        raise ValueError(
+            f"method='exact' would take about {needed / 2**30:.3g} GiB for a Jacobian of {m} × {n}, over the limit of "
+            f"{allowed / 2**30:.3g} GiB: use an iterative method, a smaller image, or pass max_bytes={needed}"
+        )
+    dense = jacobian.to_dense(max_bytes=needed).astype(np.float64)
+    if m > n:
+        dense = scipy.linalg.qr(dense, mode="r", overwrite_a=True)[0][:n]  # the same σ and v, without a large U
+    _, sigma, vh = scipy.linalg.svd(dense, full_matrices=m < n, overwrite_a=True)
+    values = np.zeros(n)
+    values[: len(sigma)] = sigma**2
+    top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
+    kept = np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
+    eps = np.finfo(jacobian.dtype).eps
+    return values[kept], vh[kept].T, {"lambda_max_upper": float(values[0] * (1 + 4 * max(m, n) * eps))}
+
+
+def _half_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return 8 * 2**30

@@ -1,0 +1,71 @@
+"""Power iteration, on the model's device: what the field has used so far. Slow, and here stopped by its residual."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.linearize import Linearization
+from fisherop.operators import FisherOperator
+
+
+def power(
+    operator: FisherOperator,
+    k: int,
+    which: str,
+    *,
+    tol: float,
+    maxiter: int | None,
+    rng: np.random.Generator,
+) -> tuple[NDArray, NDArray]:
+    """Orthogonal iteration with Rayleigh–Ritz rotation; on λ_max I − F for the smallest end.
+
+    One product a vector and iteration: the product that makes the next block also gives this one's residual.
+
+    Parameters
+    ----------
+    maxiter : int, optional
+        Iterations at each end, by default 2000.
+
+    References
+    ----------
+    Golub and Van Loan, Matrix Computations, 4th ed., sections 7.3.2 and 8.2.4.
+    """
+    lin, n = operator.linearization, operator.shape[0]
+    maxiter = maxiter or 2000
+
+    def start(k: int) -> Tensor:
+        return operator.to_tensors(rng.standard_normal((n, k))).flatten(1)
+
+    found: list[tuple[Tensor, Tensor]] = []
+    if which == "smallest":
+        scale = float(_iterate(lin, start(1), None, 1e-2, maxiter)[0].max())
+    else:
+        found.append(_iterate(lin, start(k), None, tol, maxiter))
+        scale = float(found[0][0].max())
+    if which != "largest":
+        found.append(_iterate(lin, start(k), scale, tol, maxiter))
+    values, vectors = (torch.cat(part) for part in zip(*found, strict=True))
+    return values.cpu().numpy(), operator.to_columns(vectors)
+
+
+def _iterate(lin: Linearization, v: Tensor, shift: float | None, tol: float, maxiter: int) -> tuple[Tensor, Tensor]:
+    """Ritz values (k,), descending, and vectors (k, N), of F for `shift` None, else of its smallest end."""
+    for _ in range(maxiter):
+        v = torch.linalg.qr(v.T)[0].T
+        jv = lin.jvp(v.reshape(-1, *lin.image_shape))
+        fv = lin.vjp(jv).flatten(1)
+        values, rotation = torch.linalg.eigh(jv.double() @ jv.double().T)
+        values, rotation = values.flip(0), rotation.flip(1).T.to(v.dtype)
+        v, fv = rotation @ v, rotation @ fv
+        residuals = torch.linalg.vector_norm(fv.double() - values[:, None] * v, dim=1)
+        allowed = tol * (float(values.max()) if shift is None else shift)
+        if (residuals <= allowed).all() or (shift is not None and float(values.max()) <= allowed):
+            break
+        best = values, v
+        v = fv if shift is None else shift * v - fv
+    else:
+        return best
+    return values, v
