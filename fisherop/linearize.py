@@ -17,9 +17,7 @@ _BLOCK_BYTES = 2**30  # activations that one block of products may hold, by defa
 _MAX_CHUNK = 64
 
 
-def linearize(
-    image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None
-) -> Linearization:
+def linearize(image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> Linearization:
     """Differentiate `model` at `image`.
 
     Parameters
@@ -66,9 +64,7 @@ class Linearization:
         Called with the number of products after each chunk (0.5 a vector and direction), for progress bars.
     """
 
-    def __init__(
-        self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None
-    ) -> None:
+    def __init__(self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> None:
         _check_image(image)
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")

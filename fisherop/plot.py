@@ -146,7 +146,8 @@ def _images(ed: Eigendistortion) -> tuple[NDArray, NDArray]:
     shape = [n for n in ed.image.shape if n != 1]
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 3):
         raise ValueError(
-            f"the image must be grey (..., height, width) or colour (..., 3, height, width), got {tuple(ed.image.shape)}"
+            f"the image must be grey (..., height, width) or colour (..., 3, height, width), got shape "
+            f"{tuple(ed.image.shape)}"
         )
 
     def arrange(block: Tensor) -> NDArray:

@@ -182,7 +182,7 @@ def certify(
     """
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    rng = np.random.default_rng(rng)
+    rng = np.random.default_rng(rng).spawn(1)[0]
     v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
     index = _check_index(eigenindex, n)
     if v.shape != (n, len(index)):
@@ -197,16 +197,20 @@ def certify(
     fv = jacobian.rmatmat(jv).astype(np.float64)
     residuals = np.linalg.norm(fv - values * (v / norms[order]), axis=0)
 
-    low, high = ritz_extremes(operator, v, min(probe, n - len(index)), rng)
+    probe = min(probe, n - len(index))
+    low, high = ritz_extremes(operator, v, probe, rng)
     noise = _noise(jacobian, v, max(values.max(initial=0.0), high) ** 0.5, rng)
     scale = max(values.max(initial=0.0), high * (1 - 2 * noise))
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
     if ground is None:
-        ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
         if Status.NOT_EXTREME in status:
             ground = "refuted for the pairs marked: a direction beyond them exists"
-        elif probe == 0 or len(index) == 0:
+        elif len(index) == n:
+            ground = "all N pairs are here"
+        elif probe == 0:
             ground = "not examined"
+        else:
+            ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
     details = dict(details or {})
     return EigenResult(
         eigenvalues=values,
@@ -229,7 +233,7 @@ def certify(
 
 def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
     index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
-    if len(index) and not (0 <= index[0] and index[-1] < n and (np.diff(index) > 0).all()):
+    if len(index) and not (index[0] >= 0 and index[-1] < n and (np.diff(index) > 0).all()):
         raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
     return index
 
@@ -336,8 +340,10 @@ def _status(
     slack = (tol + 4 * noise) * scale
     from_top = index == np.arange(len(index))
     from_bottom = index == np.arange(n - len(index), n)
-    beyond = (from_top & (values < high - slack)) | (from_bottom & (values > low + slack)) | (
-        (index >= m) & (values > slack)
+    beyond = (
+        (from_top & (values < high - slack))
+        | (from_bottom & (values > low + slack))
+        | ((index >= m) & (values > slack))
     )
 
     status = np.full(len(index), Status.UNCONVERGED, dtype=object)

@@ -47,8 +47,7 @@ def svds(
         largest = found["largest"][1] if "largest" in found else nothing
         if end == "smallest" and m < n:
             raise SolverStopped(
-                f"svds can't see the null space of a J with M < N ({m} × {n}), where λ_min = 0: "
-                "use method='exact', 'eigsh' or 'lobpcg'",
+                f"svds takes the smaller of JᵀJ and JJᵀ, here JJᵀ ({m} × {n}), which lacks the null space of F",
                 largest,
                 nothing,
             )
