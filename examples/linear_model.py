@@ -9,8 +9,8 @@ from fisherop import ConvergenceError, Eigendistortion
 
 n, m = 25, 10
 matrix = np.random.default_rng(0).standard_normal((m, n))
-_, sigma, vh = np.linalg.svd(matrix)
-null_space = vh[m:].T  # (n, n - m): no response changes along these directions
+sigma = np.linalg.svd(matrix, compute_uv=False)
+null_space = np.linalg.qr(matrix.T, mode="complete")[0][:, m:]  # (n, n - m): along these, no response changes
 
 
 def model(x):

@@ -110,23 +110,24 @@ class Linearization:
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
         self._check_block(tangents, "tangents", self.image_shape)
-        out = tangents.new_empty(len(tangents), self.response_size)
-        with torch.inference_mode(False), torch.no_grad():
-            for rows in self._chunks(len(tangents)):
-                out[rows] = self._jvp(tangents[rows])
-                self.n_jvp += rows.stop - rows.start
-                self._report(rows)
-        return out
+        return self._by_chunks(self._jvp, tangents, (self.response_size,), "n_jvp")
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
         self._check_block(cotangents, "cotangents", (self.response_size,))
-        out = cotangents.new_empty(len(cotangents), *self.image_shape)
+        return self._by_chunks(self._vjp, cotangents, self.image_shape, "n_vjp")
+
+    def _by_chunks(
+        self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
+    ) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            for rows in self._chunks(len(cotangents)):
-                out[rows] = self._vjp(cotangents[rows])
-                self.n_vjp += rows.stop - rows.start
-                self._report(rows)
+            out = block.new_empty(len(block), *shape)
+            for start in range(0, len(block), self.chunk_size):
+                chunk = block[start : start + self.chunk_size]
+                out[start : start + len(chunk)] = multiply(chunk)
+                setattr(self, counter, getattr(self, counter) + len(chunk))
+                if self.on_product is not None:
+                    self.on_product(len(chunk) / 2)
         return out
 
     def _respond(self, x: Tensor) -> Tensor:
@@ -147,14 +148,6 @@ class Linearization:
         if len(block) == 1:
             return one(block[0])[None]
         return torch.func.vmap(one)(block)
-
-    def _chunks(self, k: int) -> Iterator[slice]:
-        for start in range(0, k, self.chunk_size):
-            yield slice(start, min(start + self.chunk_size, k))
-
-    def _report(self, rows: slice) -> None:
-        if self.on_product is not None:
-            self.on_product((rows.stop - rows.start) / 2)
 
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
         if not isinstance(block, Tensor):

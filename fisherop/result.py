@@ -164,7 +164,7 @@ def certify(
         that should not.
     probe : int
         Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
-        shows that its index is wrong. 0 for vectors whose index is proven otherwise (state it in `ground`).
+        shows that its index is wrong. Without them λ_max is known from `vectors` alone.
     rng : int or Generator, optional
         For the probe.
     method, ground, details
@@ -192,25 +192,22 @@ def certify(
     jacobian = operator.jacobian
     jv = jacobian.matmat(v).astype(np.float64) / norms
     values = np.einsum("ij,ij->j", jv, jv)
-    order = _check_order(values, np.finfo(operator.dtype).eps)
-    v, jv, values = v[:, order], jv[:, order], values[order]
     fv = jacobian.rmatmat(jv).astype(np.float64)
-    residuals = np.linalg.norm(fv - values * (v / norms[order]), axis=0)
+    residuals = np.linalg.norm(fv - values * (v / norms), axis=0)
 
     probe = min(probe, n - len(index))
     low, high = ritz_extremes(operator, v, probe, rng)
     noise = _noise(jacobian, v, max(values.max(initial=0.0), high) ** 0.5, rng)
     scale = max(values.max(initial=0.0), high * (1 - 2 * noise))
+    order = _check_order(values, 1000 * np.finfo(operator.dtype).eps * values.max(initial=0.0) + 100 * noise**2 * scale)
+    v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
-    if ground is None:
-        if Status.NOT_EXTREME in status:
-            ground = "refuted for the pairs marked: a direction beyond them exists"
-        elif len(index) == n:
-            ground = "all N pairs are here"
-        elif probe == 0:
-            ground = "not examined"
-        else:
-            ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
+    if Status.NOT_EXTREME in status:
+        ground = "refuted for the pairs marked: a direction beyond them exists"
+    elif ground is None and probe == 0:
+        ground = "all N pairs are here" if len(index) == n else "not examined"
+    elif ground is None:
+        ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
     details = dict(details or {})
     return EigenResult(
         eigenvalues=values,
@@ -251,10 +248,9 @@ def _check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
     return np.sqrt(np.diag(gram))
 
 
-def _check_order(values: NDArray[np.float64], eps: float) -> NDArray[np.intp]:
+def _check_order(values: NDArray[np.float64], rounding: float) -> NDArray[np.intp]:
     """The permutation that sorts values which are in descending order but for rounding."""
-    rise = np.diff(values).max(initial=0.0)
-    if rise > 1000 * eps * values.max(initial=0.0):
+    if np.diff(values).max(initial=0.0) > rounding:
         j = int(np.argmax(np.diff(values)))
         raise ValueError(
             f"vectors must be in descending order of ‖J v‖², but column {j} has {values[j]:.6g} and column {j + 1} "

@@ -110,7 +110,6 @@ def eigenpairs(
             index,
             tol=tol,
             method=name,
-            probe=0 if solver is exact else 30,
             rng=rng,
             ground="all singular values of the dense J" if solver is exact else None,
             details=details,

@@ -1,0 +1,57 @@
+"""Ground truth for tests, the library's and yours: the adjoint test, and linear models of known spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+
+def check_adjoint(
+    operator: LinearOperator, *, rng: int | np.random.Generator | None = 0, rtol: float | None = None
+) -> None:
+    """Assert ⟨A x, A x⟩ = ⟨x, AᴴA x⟩ for a random x: forward and adjoint products belong to one matrix.
+
+    Parameters
+    ----------
+    operator : LinearOperator, shape (M, N)
+    rng : int or Generator
+    rtol : float, optional
+        Relative to ‖A x‖²; by default the square root of the dtype's machine epsilon.
+
+    Raises
+    ------
+    AssertionError
+        The sides differ by more; the message says by how much.
+    """
+    x = np.random.default_rng(rng).standard_normal(operator.shape[1]).astype(operator.dtype)
+    ax = operator.matvec(x)
+    left = float(np.vdot(ax, ax).real)
+    right = float(np.vdot(x, operator.rmatvec(ax)).real)
+    rtol = np.finfo(operator.dtype).eps ** 0.5 if rtol is None else rtol
+    assert abs(left - right) <= rtol * left, f"⟨A x, A x⟩ = {left:.8g}, but ⟨x, AᴴA x⟩ = {right:.8g}"
+
+
+def matrix_with_singular_values(
+    sigma: ArrayLike, m: int, n: int, *, rng: int | np.random.Generator | None = 0
+) -> NDArray[np.float64]:
+    """A random matrix (m, n) whose singular values are `sigma`, at most min(m, n) of them; the rest are zero."""
+    rng = np.random.default_rng(rng)
+    sigma = np.asarray(sigma, dtype=np.float64)
+    u = np.linalg.qr(rng.standard_normal((m, len(sigma))))[0]
+    v = np.linalg.qr(rng.standard_normal((n, len(sigma))))[0]
+    return (u * sigma) @ v.T
+
+
+def linear_model(matrix: ArrayLike, dtype: torch.dtype = torch.float64) -> Callable[[Tensor], Tensor]:
+    """The model y = A x of a matrix A (M, N), for an image of N elements in any shape: its Jacobian is A."""
+    weight = torch.tensor(np.asarray(matrix), dtype=dtype)
+
+    def model(x: Tensor) -> Tensor:
+        return weight.to(x.device) @ x.reshape(-1)
+
+    return model

@@ -1,0 +1,218 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, small_model
+from torch import nn
+
+from fisherop import linearize
+
+
+def dense(model, x):
+    jacobian = torch.autograd.functional.jacobian(lambda x: flat_small(model, x), x)
+    return jacobian.reshape(-1, x.numel()).cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_products_match_dense_autograd_in_float64(dtype, device, chunk_size):
+    lin = linearize(small_image(dtype, device), small_model(dtype, device), chunk_size=chunk_size)
+    truth = dense(small_model(), small_image(dtype).double())
+    generator = torch.Generator().manual_seed(2)
+    v = torch.randn(7, *lin.image_shape, generator=generator, dtype=dtype).to(device)
+    u = torch.randn(7, lin.response_size, generator=generator, dtype=dtype).to(device)
+    assert_close(lin.jvp(v).cpu(), v.cpu().flatten(1).double() @ truth.T, dtype)
+    assert_close(lin.vjp(u).cpu().flatten(1), u.cpu().double() @ truth, dtype)
+    assert (lin.n_jvp, lin.n_vjp, lin.n_products) == (7, 7, 7)
+
+
+def test_products_match_central_differences():
+    model, x = small_model(), small_image()
+    lin = linearize(x, model)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    h = 1e-6
+    difference = (flat_small(model, x + h * v) - flat_small(model, x - h * v)).detach() / (2 * h)
+    np.testing.assert_allclose(lin.jvp(v[None])[0], difference, rtol=1e-6, atol=1e-7)
+
+
+def test_response_is_flattened_in_order():
+    lin = linearize(small_image(), small_model())
+    torch.testing.assert_close(lin.response, flat_small(small_model(), small_image()).detach())
+    assert lin.response_shape == (lin.response_size,) and lin.image_size == 48
+
+
+def test_single_tensor_keeps_its_shape():
+    assert linearize(torch.ones(1, 1, 4, 5), nn.Conv2d(1, 2, 3)).response_shape == (1, 2, 2, 3)
+
+
+def test_image_and_model_are_as_before():
+    class Greedy(nn.Module):
+        def forward(self, x):
+            return x.mul_(2).relu_()
+
+    image = torch.rand(3, 4)
+    before = image.clone()
+    lin = linearize(image, Greedy())
+    lin.jvp(torch.ones(2, 3, 4))
+    assert torch.equal(image, before) and torch.equal(lin.image, before)
+    image.zero_()
+    assert torch.equal(lin.image, before), "the linearization must hold a copy"
+
+    model = small_model()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [(m.training, p.requires_grad) for m in model.modules() for p in m.parameters()]
+    rng = torch.get_rng_state()
+    lin = linearize(small_image().requires_grad_(), model)
+    lin.vjp(lin.jvp(torch.ones(2, *lin.image_shape, dtype=torch.float64)))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert flags == [(m.training, p.requires_grad) for m in model.modules() for p in m.parameters()]
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_callers_grad_mode_does_not_matter(context):
+    model = small_model()
+    with context():
+        lin = linearize(small_image(), model)
+        product = lin.jvp(torch.ones(2, *lin.image_shape, dtype=torch.float64))
+    assert not product.requires_grad
+    np.testing.assert_allclose(product[0], dense(small_model(), small_image()).sum(1), atol=1e-12)
+
+
+def test_model_that_vmap_refuses_goes_one_at_a_time(caplog):
+    class Halve(torch.autograd.Function):
+        """A custom function without a vmap rule."""
+
+        @staticmethod
+        def forward(x):
+            return x / 2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return g / 2
+
+        @staticmethod
+        def jvp(ctx, t):
+            return t / 2
+
+    with caplog.at_level(logging.INFO):
+        lin = linearize(torch.ones(3), Halve.apply)
+    assert lin.chunk_size == 1 and "one at a time" in caplog.text
+    assert torch.equal(lin.jvp(torch.eye(3)), torch.eye(3) / 2)
+
+
+def test_repeated_products_give_the_same_bits():
+    lin = linearize(small_image(), small_model())
+    v = torch.ones(3, *lin.image_shape, dtype=torch.float64)
+    first = lin.jvp(v)
+    assert all(torch.equal(first, lin.jvp(v)) for _ in range(3))
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * 2
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2.1 * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * t
+
+
+ONE = torch.ones(1, 3, 4, 4)
+BAD_INPUTS = {
+    "image type": ([1.0], nn.Identity(), TypeError, "image must be a torch.Tensor, got list: use torch.as_tensor"),
+    "image integer": (ONE.int(), nn.Identity(), TypeError, "image must be float32 or float64, got torch.int32: use"),
+    "image complex": (ONE.cfloat(), nn.Identity(), TypeError, "image must be float32 or float64, got torch.complex64"),
+    "image empty": (torch.ones(0), nn.Identity(), ValueError, r"image is empty: its shape is \(0,\)"),
+    "image NaN": (ONE / 0 * 0, nn.Identity(), ValueError, "image holds NaN or infinity"),
+    "batch": (torch.ones(2, 3, 4, 4), nn.Identity(), ValueError, "got a batch of 2 .*for one in image.split"),
+    "model type": (ONE, 3, TypeError, "model must be a callable or an nn.Module, got int"),
+    "training dropout": (
+        ONE,
+        nn.Sequential(nn.Dropout()),
+        ValueError,
+        r"training mode and holds Dropout \('0'\).*eval",
+    ),
+    "training norm": (ONE, nn.BatchNorm2d(3), ValueError, r"training mode and holds BatchNorm2d \('itself'\).*eval"),
+    "dtype": (ONE.double(), nn.Conv2d(3, 1, 1), ValueError, "share one dtype, got an image of torch.float64 and a"),
+    "device": (ONE, nn.Conv2d(3, 1, 1, device="meta"), ValueError, "share one device, got an image of cpu and a model"),
+    "response NaN": (ONE, lambda x: x.log() / 0, ValueError, "response to this image holds NaN or infinity"),
+    "response type": (ONE, lambda x: [x, "label"], TypeError, "must be a tensor, or a nesting .* it holds str"),
+    "response dtype": (ONE, lambda x: (x, x.argmax()), TypeError, "response must be torch.float32 .*got torch.int64"),
+    "response empty": (ONE, lambda x: x[:0], ValueError, "the model's response is empty"),
+    "response without tensor": (ONE, lambda x: [], ValueError, "the model's response holds no tensor"),
+    "constant": (ONE, lambda x: torch.ones(3), ValueError, "no gradient with respect to the image: it does not depend"),
+    "detached": (ONE, lambda x: x.detach() * 2, ValueError, "no gradient with respect to the image"),
+    "parameters only": (ONE, lambda x: nn.Linear(2, 2).weight, ValueError, "no gradient with respect to the image"),
+    "random": (ONE, lambda x: x + torch.randn(()), ValueError, "answers differently when asked twice: .* differ by"),
+    "history": (ONE, Counter(), ValueError, "changes its buffer 'calls' at every call"),
+    "slope": (ONE * 0, lambda x: x.sqrt(), ValueError, "derivative at this image holds NaN or infinity"),
+    "inconsistent": (
+        ONE,
+        WrongBackward.apply,
+        ValueError,
+        "forward-mode and reverse-mode derivatives disagree by 5.0e-02",
+    ),
+}
+
+
+@pytest.mark.parametrize(("image", "model", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_input(image, model, error, message):
+    with pytest.raises(error, match=message):
+        linearize(image, model)
+
+
+def test_refused_model_keeps_its_buffers():
+    model = Counter()
+    with pytest.raises(ValueError, match="calls"):
+        linearize(ONE, model)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "many"])
+def test_bad_chunk_size(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size must be a positive integer or None, got {chunk_size!r}"):
+        linearize(ONE, nn.Identity(), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("block", "error", "message"),
+    [
+        (np.ones((1, 3)), TypeError, "tangents must be a tensor, got ndarray"),
+        (torch.ones(3), ValueError, r"tangents must have shape \(k, 3\), got \(3,\)"),
+        (torch.ones(2, 4), ValueError, r"tangents must have shape \(k, 3\), got \(2, 4\)"),
+        (
+            torch.ones(2, 3).double(),
+            TypeError,
+            "tangents must be torch.float32 on cpu like the image, got torch.float64",
+        ),
+    ],
+)
+def test_bad_block(block, error, message):
+    with pytest.raises(error, match=message):
+        linearize(torch.ones(3), nn.Identity()).jvp(block)

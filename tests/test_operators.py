@@ -1,0 +1,239 @@
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg as sla
+import torch
+from helpers import DEVICES, DTYPES, assert_close, linear_operator, matrices, small_image, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fisherop import FisherOperator, JacobianOperator
+from fisherop.testing import check_adjoint, linear_model, matrix_with_singular_values
+
+given_matrix = given(matrix=matrices(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
+
+
+@given_matrix
+@settings(max_examples=60, deadline=None)
+def test_laws(matrix, dtype, seed):
+    """J is the weight matrix, F = JᵀJ; adjoint, symmetric, positive semidefinite, linear; blocks are columns."""
+    F = linear_operator(matrix, dtype)
+    J = F.jacobian
+    rng = np.random.default_rng(seed)
+    m, n = matrix.shape
+    x, u = rng.standard_normal((n, 3)).astype(J.dtype), rng.standard_normal((m, 3)).astype(J.dtype)
+    assert_close(J.to_dense(), matrix, dtype)
+    assert_close(J @ x, matrix @ x, dtype)
+    assert_close(J.H @ u, matrix.T @ u, dtype)
+    assert_close(J.T @ u, matrix.T @ u, dtype)
+    assert_close(F @ x, matrix.T @ (matrix @ x), dtype)
+    assert_close(F.to_dense(), matrix.T @ matrix, dtype)
+    scale = np.abs(matrix).max() * np.abs(x).max() * np.abs(u).max() * m * n
+    assert np.abs(u.T @ (J @ x) - (J.H @ u).T @ x).max() <= 1e3 * np.finfo(J.dtype).eps * scale
+    gram = x.T.astype(np.float64) @ (F @ x)
+    assert_close(gram, gram.T, dtype)
+    assert np.linalg.eigvalsh((gram + gram.T) / 2).min() >= -1e3 * np.finfo(J.dtype).eps * np.abs(gram).max()
+    assert_close(J @ (2 * x[:, 0] - x[:, 1]), 2 * (J @ x[:, 0]) - J @ x[:, 1], dtype)
+    assert_close(J @ x, np.column_stack([J @ column for column in x.T]), dtype)
+    assert_close(F @ x, np.column_stack([F.matvec(column) for column in x.T]), dtype)
+    check_adjoint(J)
+    check_adjoint(F)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonlinear_model(dtype, device):
+    image = small_image(dtype, device)
+    J = JacobianOperator(image, small_model(dtype, device))
+    assert J.image_shape == (1, 2, 6, 4) and J.response_shape == (J.shape[0],)
+    exact = JacobianOperator(image.cpu().double(), small_model()).to_dense()
+    assert_close(J.to_dense(), exact, dtype)
+    assert_close(J @ np.eye(48), exact, dtype)
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_to_dense_by_rows_and_by_columns(m):
+    matrix = np.random.default_rng(0).standard_normal((m, 30))
+    F = FisherOperator(torch.ones(30).double(), linear_model(matrix), chunk_size=4)
+    before = F.n_products
+    dense = F.jacobian.to_dense()
+    np.testing.assert_allclose(dense, matrix, atol=1e-13)
+    assert F.n_products - before == min(m, 30) / 2
+    assert F.jacobian.to_dense() is dense and not dense.flags.writeable
+    with pytest.raises(
+        ValueError, match=r"over the limit of 9\.31e-10 GiB: use products instead, or pass max_bytes=7200"
+    ):
+        F.to_dense(max_bytes=1)
+    with pytest.raises(ValueError, match=f"pass max_bytes={m * 30 * 8}"):
+        JacobianOperator(torch.ones(30).double(), linear_model(matrix)).to_dense(max_bytes=1)
+
+
+MATRIX = np.random.default_rng(5).standard_normal((12, 8)).astype(np.float32).astype(np.float64)
+LAYOUTS = {
+    "float16": lambda x: x.astype(np.float16),
+    "float64": lambda x: x.astype(np.float64),
+    "integer": lambda x: np.round(x).astype(np.int64),
+    "boolean": lambda x: x > 0,
+    "complex": lambda x: x + 2j * x[::-1],
+    "big-endian": lambda x: x.astype(">f8"),
+    "Fortran": lambda x: np.asfortranarray(np.c_[x, x]),
+    "strided": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "reversed": lambda x: x[::-1],
+    "column": lambda x: x[:, None],
+    "block": lambda x: np.c_[x, 2 * x, x[::-1]],
+    "no columns": lambda x: np.empty((len(x), 0)),
+    "list": lambda x: x.tolist(),
+    "read-only": lambda x: np.broadcast_to(x[0], x.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_the_vectors_look_like(layout, dtype):
+    F = linear_operator(MATRIX, dtype)
+    for operator, matrix in (
+        (F.jacobian, MATRIX),
+        (F.jacobian.H, MATRIX.T),
+        (F, MATRIX.T @ MATRIX),
+        (F.T, MATRIX.T @ MATRIX),
+    ):
+        x = LAYOUTS[layout](np.random.default_rng(1).standard_normal(matrix.shape[1]))
+        kept = np.array(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            product = operator @ x
+        wanted = matrix @ np.asarray(x).astype(complex if layout == "complex" else float)
+        assert product.shape == wanted.shape
+        if layout != "complex":
+            assert product.dtype == operator.dtype
+        assert_close(product.real, wanted.real, dtype)
+        assert_close(product.imag, wanted.imag, dtype)
+        assert np.array_equal(np.array(x), kept)
+
+
+def test_algebra():
+    F = linear_operator(MATRIX)
+    J, x, gram = F.jacobian, np.random.default_rng(2).standard_normal(8), MATRIX.T @ MATRIX
+    shifted = F + sla.aslinearoperator(np.eye(8))
+    for operator, matrix in (
+        (J.H @ J, gram),
+        (2 * F, 2 * gram),
+        (-F, -gram),
+        (F - 0.5 * F, 0.5 * gram),
+        (F**2, gram @ gram),
+        (shifted, gram + np.eye(8)),
+        (shifted.H, gram + np.eye(8)),
+        (J @ F, MATRIX @ gram),
+        (J.T.T, MATRIX),
+    ):
+        np.testing.assert_allclose(operator @ x, matrix @ x, rtol=1e-12)
+    np.testing.assert_allclose(x @ F, x @ gram, rtol=1e-12)
+    assert F.T is F and F.H is F
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def truth(request):
+    """An operator of known spectrum, 80 × 40, with its singular values and right singular vectors."""
+    matrix = matrix_with_singular_values(np.linspace(1, 3, 40)[::-1], 80, 40)
+    F = linear_operator(matrix, request.param, shape=(1, 1, 8, 5))
+    return F, *np.linalg.svd(matrix)[1:], request.param
+
+
+def test_eigsh(truth):
+    F, sigma, _, dtype = truth
+    for which, wanted in (("LA", sigma[2::-1]), ("SA", sigma[:-4:-1])):
+        values = sla.eigsh(F, k=3, which=which, v0=np.ones(40), return_eigenvectors=False)
+        assert_close(np.sort(values), np.sort(wanted) ** 2, dtype)
+
+
+def test_lobpcg(truth):
+    F, sigma, _, dtype = truth
+    start = np.random.default_rng(0).standard_normal((40, 2))
+    values, _ = sla.lobpcg(F, start.astype(F.dtype), largest=True, maxiter=200, tol=20 * np.finfo(F.dtype).eps ** 0.7)
+    assert_close(values, sigma[:2] ** 2, dtype, 1e4)
+
+
+def test_lobpcg_dense_fallback_multiplies_an_integer_identity():
+    F = linear_operator(MATRIX)
+    with pytest.warns(UserWarning, match="dense eigensolver"):
+        values, _ = sla.lobpcg(F, np.eye(8, 3), largest=True)
+    np.testing.assert_allclose(values, np.linalg.svd(MATRIX)[1][:3] ** 2)
+
+
+@pytest.mark.parametrize("solver", ["arpack", "lobpcg", "propack"])
+def test_svds(truth, solver):
+    F, sigma, _, dtype = truth
+    tol = np.finfo(F.dtype).eps ** 0.35  # which SciPy squares
+    _, values, _ = sla.svds(F.jacobian, k=2, solver=solver, rng=np.random.default_rng(0), maxiter=300, tol=tol)
+    assert_close(np.sort(values), np.sort(sigma[:2]), dtype, 1e4)
+
+
+# SciPy's lsmr starts its condition estimate at 1e100, beyond float32
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("solve", [sla.lsmr, sla.lsqr])
+def test_least_squares(truth, solve):
+    F, *_, dtype = truth
+    x = np.random.default_rng(3).standard_normal(40)
+    tight = dict.fromkeys(("atol", "btol"), 20 * np.finfo(F.dtype).eps) | (
+        {"maxiter": 500} if solve is sla.lsmr else {"iter_lim": 500}
+    )
+    assert_close(solve(F.jacobian, F.jacobian @ x, **tight)[0], x, dtype, 1e4)
+
+
+@pytest.mark.parametrize("solve", [sla.cg, sla.minres])
+def test_linear_solves(truth, solve):
+    F, *_, dtype = truth
+    x = np.random.default_rng(4).standard_normal(40)
+    solution, info = solve(F, F @ x, rtol=20 * np.finfo(F.dtype).eps)
+    assert info == 0
+    assert_close(solution, x, dtype, 1e4)
+
+
+def test_pylops(truth):
+    pylops = pytest.importorskip("pylops", reason="PyLops is an optional neighbour")
+    F, *_, dtype = truth
+    x = np.random.default_rng(5).standard_normal(40).astype(F.dtype)
+    wrapped = pylops.aslinearoperator(F.jacobian)
+    assert_close((wrapped.H * (wrapped * x)), F @ x, dtype)
+    assert pylops.utils.dottest(wrapped, *wrapped.shape, rtol=1e-3)
+
+
+def test_primme(truth):
+    primme = pytest.importorskip("primme", reason="PRIMME is an optional neighbour")
+    F, sigma, _, dtype = truth
+    values, _ = primme.eigsh(F, 2, which="SA", tol=np.finfo(F.dtype).eps ** 0.6)
+    assert_close(np.sort(values), np.sort(sigma[-2:] ** 2), dtype, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("vector", "error", "message"),
+    [
+        (np.full(8, np.nan), ValueError, r"JacobianOperator with dtype=float64> was given a vector that holds NaN"),
+        (np.array([np.inf] * 8), ValueError, "was given a vector that holds NaN or infinity"),
+        (np.ones(7), ValueError, r"<12x8 .* multiplies arrays of shape \(8,\) or \(8, k\), got \(7,\)"),
+        (np.ones((7, 2)), ValueError, r"multiplies arrays of shape \(8, k\), got \(7, 2\)"),
+        (np.array(["a"] * 8), TypeError, "multiplies numbers, got an array of dtype <U1"),
+    ],
+)
+def test_bad_vector(vector, error, message):
+    J = linear_operator(MATRIX).jacobian
+    with pytest.raises(error, match=message):
+        J @ vector
+    if vector.shape[0] == 7:
+        with pytest.raises(ValueError, match=r"\(12,\) or \(12, k\)|\(12, k\)"):
+            J.rmatvec(vector) if vector.ndim == 1 else J.rmatmat(vector)
+
+
+def test_products_are_counted_by_columns():
+    F = linear_operator(MATRIX)
+    assert F.n_products == 0
+    F @ np.ones((8, 3))
+    F.jacobian @ np.ones(8)
+    assert F.n_products == F.jacobian.n_products == 3.5
+
+
+def test_check_adjoint_can_fail():
+    wrong = sla.LinearOperator((8, 8), matvec=lambda x: x, rmatvec=lambda x: 1.01 * x, dtype=float)
+    with pytest.raises(AssertionError, match="but"):
+        check_adjoint(wrong)
