@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+
+from fisherop import ConvergenceError, Eigendistortion, eigenpairs, plot
+from fisherop.testing import linear_model, matrix_with_singular_values
+
+MATRIX = matrix_with_singular_values(np.r_[np.linspace(3, 1, 20), np.zeros(40)], 70, 60)
+
+
+def ed_of(shape, low=0.2, high=0.8, **kwargs):
+    image = torch.linspace(low, high, 60, dtype=torch.float64).reshape(shape)
+    return Eigendistortion(image, linear_model(MATRIX)).synthesize("exact", k=2, progress=False, **kwargs)
+
+
+def panels(figure):
+    return [ax for ax in figure.axes if ax.get_title()]
+
+
+def test_grey_panels_show_what_they_say(tmp_path):
+    ed = ed_of((1, 1, 6, 10))
+    figure = plot.eigendistortions(ed, indices=(0, -1), scale=2.0)
+    shown = [np.asarray(ax.images[0].get_array()) for ax in panels(figure)]
+    image, (first, *_, last) = ed.image[0, 0].numpy(), ed.eigendistortions[:, 0].numpy()
+    for row, distortion in ((shown[:3], first), (shown[3:], last)):
+        np.testing.assert_allclose(row[0], image)
+        np.testing.assert_allclose(row[1], distortion)
+        np.testing.assert_allclose(row[2], np.clip(image + 2 * distortion, 0, 1))
+    titles = [ax.get_title() for ax in panels(figure)]
+    assert titles[1] == "eigendistortion 0, λ = 9" and titles[4].startswith("eigendistortion 59, λ = ")
+    assert titles[2].startswith("image + 2 × distortion") and titles[0] == "image\nblack 0, white 1"
+    limits = panels(figure)[1].images[0].get_clim()
+    assert limits[0] == -limits[1] == -np.abs(first).max()
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_colour_is_centred_on_mid_grey(tmp_path):
+    ed = ed_of((1, 3, 4, 5))
+    figure = plot.eigendistortions(ed)
+    shown = np.asarray(panels(figure)[1].images[0].get_array())
+    distortion = np.moveaxis(ed.eigendistortions[0].numpy(), 0, -1)
+    np.testing.assert_allclose(shown, 0.5 + 0.5 * distortion / np.abs(distortion).max())
+    assert "centred on mid-grey" in panels(figure)[1].get_title()
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_range_and_scale_follow_the_image():
+    figure = plot.eigendistortions(ed_of((6, 10), -3, 5))
+    assert panels(figure)[0].get_title() == "image\nblack -3, white 5"
+    assert panels(figure)[2].get_title().endswith("(RMS 0.4)")
+    shown = np.asarray(panels(plot.eigendistortions(ed_of((6, 10)), vrange=(0.2, 0.8)))[0].images[0].get_array())
+    assert shown.min() == 0 and shown.max() == 1
+
+
+def test_nothing_is_changed():
+    ed = ed_of((1, 3, 4, 5))
+    image, vectors = ed.image.clone(), ed.result.eigenvectors.copy()
+    plot.eigendistortions(ed, scale=100)
+    plot.spectrum(ed.result)
+    assert torch.equal(ed.image, image) and np.array_equal(ed.result.eigenvectors, vectors)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "error", "message"),
+    [
+        ((60,), {}, ValueError, r"grey \(..., height, width\) or colour .*, got shape \(60,\)"),
+        ((1, 4, 5, 3), {}, ValueError, r"got shape \(1, 4, 5, 3\)"),
+        ((6, 10), {"indices": (4,)}, IndexError, "indices holds 4, but there are 4 eigendistortions"),
+        ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must ascend, got \(1, 0\): pass the values of black and"),
+    ],
+)
+def test_bad_arguments(shape, arguments, error, message):
+    with pytest.raises(error, match=message):
+        plot.eigendistortions(ed_of(shape), **arguments)
+
+
+def test_needs_a_synthesis():
+    with pytest.raises(ValueError, match=r"no eigendistortions to show: call synthesize\(\) first"):
+        plot.eigendistortions(Eigendistortion(torch.ones(6, 10).double(), linear_model(MATRIX)))
+
+
+def test_spectrum_shows_every_status(tmp_path):
+    ed = ed_of((6, 10))
+    ax = plot.spectrum(ed.result).axes[0]
+    assert ax.get_yscale() == "log" and ax.get_title() == f"exact: 4 eigenvalues, {ed.result.n_products:g} products"
+    drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
+    np.testing.assert_allclose(drawn["eigenpair"], [[0, 9], [1, np.linspace(3, 1, 20)[1] ** 2]])
+    np.testing.assert_allclose(drawn["null to tol"][:, 0], [58, 59])
+    with pytest.raises(ConvergenceError) as caught:
+        eigenpairs(ed.operator, method="power", maxiter=2, rng=0, progress=False)
+    figure = plot.spectrum(caught.value.result)
+    assert "not converged" in [c.get_label() for c in figure.axes[0].containers]
+    figure.savefig(tmp_path / "figure.png")

@@ -1,0 +1,72 @@
+"""The order of imports, and everything that the README and the examples promise to run."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ORDER = ["linearize", "operators", "result", "solvers", "eigendistortion", "layers", "plot", "testing"]
+MAY_IMPORT_MATPLOTLIB = {"plot"}
+
+
+def imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+FILES = [p for p in sorted((ROOT / "fisherop").rglob("*.py")) if p != ROOT / "fisherop" / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    own = path.relative_to(ROOT / "fisherop").parts[0].removesuffix(".py")
+    for name in imports(path):
+        package, *rest = name.split(".")
+        if package == "fisherop" and rest:
+            assert ORDER.index(rest[0]) < ORDER.index(own) or rest[0] == own == "solvers", f"{own} imports {name}"
+        assert package != "matplotlib" or own in MAY_IMPORT_MATPLOTLIB, f"{own} imports {name}"
+
+
+def run(script, cwd):
+    """Run Python code as a user would, with warnings as errors."""
+    filters = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated"]
+    env = os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT / "examples")}
+    done = subprocess.run([sys.executable, *filters, *script], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_loads_no_matplotlib(tmp_path):
+    out = run(["-c", "import sys, fisherop; print([m for m in sys.modules if m.startswith('matplotlib')])"], tmp_path)
+    assert out.strip() == "[]"
+
+
+EXAMPLES = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name != "models.py"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_examples(path, tmp_path):
+    out = run([str(path)], tmp_path)
+    announced = re.findall(r"[\w]+\.png", out)
+    assert announced and {p.name for p in tmp_path.glob("*.png")} == set(announced)
+    assert all((tmp_path / name).stat().st_size > 5000 for name in announced)
+    if path.name == "quickstart.py":
+        assert "eigenpairs of F (9216 × 9216), J is 18432 × 9216" in out
+        assert len(re.findall(r"^ +\d+ .* eigenpair$", out, re.MULTILINE)) == 2
+
+
+def test_readme_code(tmp_path):
+    """All of the README's Python, top to bottom, as one script."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 3
+    run(["-c", "\n".join(blocks)], tmp_path)
