@@ -49,6 +49,26 @@ class _ModelOperator(LinearOperator):
         """Products done so far (one is one J v plus one Jᵀu), of every operator on the same linearization."""
         return self.linearization.n_products
 
+    def in_float64(self) -> LinearOperator:
+        """The same operator for a solver that works in float64, around the model's products in their own dtype.
+
+        Around float32 products, a solver's own rounding would otherwise add to the model's.
+        """
+        if self.dtype == np.float64:
+            return self
+
+        def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
+            return lambda x: multiply(x).astype(np.float64)
+
+        return LinearOperator(
+            self.shape,
+            matvec=promoted(self.matvec),
+            rmatvec=promoted(self.rmatvec),
+            matmat=promoted(self.matmat),
+            rmatmat=promoted(self.rmatmat),
+            dtype=np.float64,
+        )
+
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
         rows = self._to_torch(columns)

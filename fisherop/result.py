@@ -60,7 +60,7 @@ class EigenResult:
         the solver's own theory, or infinity); 0 ≤ λ_min ≤ a Rayleigh quotient, since F is positive semidefinite, and
         λ_min = 0 where M < N.
     noise : float
-        Relative rounding error of a product, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below 2 ε λ_max and
+        Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
         eigenvalues below 4 ε² λ_max are noise; the inequalities above are held with these margins.
     ground : str
         Why the pairs are believed to be the extreme ones.
@@ -113,7 +113,7 @@ class EigenResult:
             f"λ_max: {top:.5e} ≤ λ_max{above}",
             f"λ_min: 0 ≤ λ_min ≤ {self.lambda_min_bounds[1]:.5e}{zero}",
             f"extreme: {self.ground}",
-            f"noise: residuals below {2 * self.noise:.0e} λ_max are rounding",
+            f"noise: residuals below {self.noise:.0e} λ_max are rounding",
         ]
         lines += [f"{name}: {value}" for name, value in self.details.items()]
         return "\n".join(lines)
@@ -198,7 +198,7 @@ def certify(
     probe = min(probe, n - len(index))
     low, high = ritz_extremes(operator, v, probe, rng)
     noise = _noise(jacobian, v, max(values.max(initial=0.0), high) ** 0.5, rng)
-    scale = max(values.max(initial=0.0), high * (1 - 2 * noise))
+    scale = max(values.max(initial=0.0), high * (1 - noise))
     order = _check_order(values, 1000 * np.finfo(operator.dtype).eps * values.max(initial=0.0) + 100 * noise**2 * scale)
     v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
@@ -221,7 +221,7 @@ def certify(
         image_size=n,
         response_size=m,
         lambda_max_bounds=(scale, max(scale, details.pop("lambda_max_upper", np.inf))),
-        lambda_min_bounds=(0.0, 0.0 if m < n else min(values.min(initial=np.inf), low + 2 * noise * scale)),
+        lambda_min_bounds=(0.0, 0.0 if m < n else min(values.min(initial=np.inf), low + noise * scale)),
         noise=noise,
         ground=ground,
         details=details,
@@ -322,7 +322,7 @@ def _status(
     n: int,
 ) -> NDArray[np.object_]:
     allowed = tol * scale
-    is_pair = residuals + 2 * noise * scale <= allowed
+    is_pair = residuals + noise * scale <= allowed
 
     # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span.
     first_null = len(index)
@@ -333,7 +333,7 @@ def _status(
         first_null -= 1
     is_null = np.arange(len(index)) >= first_null
 
-    slack = (tol + 4 * noise) * scale
+    slack = (tol + 2 * noise) * scale
     from_top = index == np.arange(len(index))
     from_bottom = index == np.arange(n - len(index), n)
     beyond = (

@@ -205,9 +205,9 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
             "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
             "method='lobpcg' or 'exact'"
         )
-    elif 2 * result.noise > result.tol / 2:
+    elif result.noise > result.tol / 4:
         advice = (
-            f"rounding alone gives residuals of {2 * result.noise:.1e} λ_max; use a float64 image and model, or a "
+            f"rounding alone gives residuals of {result.noise:.1e} λ_max; use a float64 image and model, or a "
             "larger tol"
         )
     else:

@@ -44,22 +44,23 @@ def eigsh(
             k,
             which="LA",
             tol=tol,
-            v0=rng.standard_normal(n).astype(operator.dtype),
+            v0=rng.standard_normal(n),
             maxiter=maxiter or 1000,
             ncv=min(n, ncv or max(2 * k + 1, basis)),
         )
         return values[::-1], vectors[:, ::-1]
 
+    fisher = operator.in_float64()
     found: list[tuple[NDArray, NDArray]] = []
     end = "largest"
     try:
-        top = largest(operator, k, tol, 20) if which != "smallest" else largest(operator, 1, 1e-2, 20)
+        top = largest(fisher, k, tol, 20) if which != "smallest" else largest(fisher, 1, 1e-2, 20)
         if which != "smallest":
             found.append(top)
         if which != "largest":
             end = "smallest"
             shift = 1.01 * float(top[0][0])
-            shifted = sla.LinearOperator((n, n), lambda x: shift * x - operator @ x, dtype=operator.dtype)
+            shifted = sla.LinearOperator((n, n), lambda x: shift * x - fisher @ x, dtype=fisher.dtype)
             values, vectors = largest(shifted, k, tol, 60)
             found.append((shift - values[::-1], vectors[:, ::-1]))
     except sla.ArpackError as error:  # non-convergence carries what converged, other faults nothing

@@ -54,11 +54,11 @@ def svds(
         basis = ncv or max(2 * k + 1, 20 if end == "largest" else 60)
         try:
             _, sigma, vh = sla.svds(
-                operator.jacobian,
+                operator.jacobian.in_float64(),
                 k,
                 which="LM" if end == "largest" else "SM",
                 tol=tol**0.5,  # which SciPy squares
-                v0=rng.standard_normal(side).astype(operator.dtype),
+                v0=rng.standard_normal(side),
                 maxiter=maxiter or 200,
                 ncv=min(basis, side - 1) if side > k + 2 else None,
                 return_singular_vectors="vh",
