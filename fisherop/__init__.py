@@ -1,6 +1,7 @@
 """Extreme eigenvectors of the Fisher information of any PyTorch model at an image, with certificates."""
 
 from fisherop.eigendistortion import Eigendistortion
+from fisherop.layers import LayerResponse
 from fisherop.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify
@@ -14,6 +15,7 @@ __all__ = [
     "Eigendistortion",
     "FisherOperator",
     "JacobianOperator",
+    "LayerResponse",
     "Linearization",
     "SolverStopped",
     "Status",

@@ -23,8 +23,8 @@ class Eigendistortion:
         One image of N elements, float32 or float64; usually ``(1, channels, height, width)``.
     model : callable or nn.Module
         Maps the image to its response, in evaluation mode; see `linearize` for what is accepted and what is refused.
-    chunk_size : int, optional
-        How many products go through the model at a time.
+    engine, chunk_size
+        How products are made, and how many at a time; see `linearize`.
 
     Attributes
     ----------
@@ -43,8 +43,10 @@ class Eigendistortion:
     >>> print(ed.result)  # doctest: +SKIP
     """
 
-    def __init__(self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> None:
-        self.operator = FisherOperator(image, model, chunk_size=chunk_size)
+    def __init__(
+        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+    ) -> None:
+        self.operator = FisherOperator(image, model, engine=engine, chunk_size=chunk_size)
         self.model = model
         self.result: EigenResult | None = None
 

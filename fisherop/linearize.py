@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherop.engines import ENGINES
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # activations that one block of products may hold, by default
 _MAX_CHUNK = 64
 
 
-def linearize(image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> Linearization:
+def linearize(
+    image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+) -> Linearization:
     """Differentiate `model` at `image`.
 
     Parameters
@@ -27,6 +33,10 @@ def linearize(image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int 
     model : callable or nn.Module
         Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
         flattened and concatenated in order. Neither its parameters, buffers nor gradients are changed.
+    engine : {"auto", "functional", "double_backward"}
+        How products are made. ``"functional"``: J v in forward mode, Jᵀu by the backward pass of one forward pass that
+        is kept. ``"double_backward"``: both from that backward pass, which is differentiated once more; for models with
+        operations that have no forward mode. ``"auto"``: the first, or the second where PyTorch refuses it.
     chunk_size : int, optional
         How many products go through the model at a time. By default as many as keep the activations of a block
         within 1 GiB, at most 64.
@@ -43,8 +53,10 @@ def linearize(image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int 
     ValueError
         The image holds more than one image, NaN or infinity; the model is in training mode, on another device,
         not deterministic, not differentiable, or its derivatives are inconsistent.
+    RuntimeError
+        PyTorch can't differentiate the model by the engines tried; the message quotes why.
     """
-    return Linearization(image, model, chunk_size=chunk_size)
+    return Linearization(image, model, engine=engine, chunk_size=chunk_size)
 
 
 class Linearization:
@@ -56,6 +68,8 @@ class Linearization:
         A detached copy of the image (N elements).
     response : Tensor, shape ``response_shape``
         The model's response to it (M elements), detached.
+    engine_report : tuple of str
+        A line for each engine that was tried: what it is used for, or why it was rejected. The last is in use.
     chunk_size : int
         The number of vectors that pass through the model together.
     n_jvp, n_vjp : int
@@ -64,24 +78,45 @@ class Linearization:
         Called with the number of products after each chunk (0.5 a vector and direction), for progress bars.
     """
 
-    def __init__(self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> None:
+    def __init__(
+        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+    ) -> None:
         _check_image(image)
+        if engine != "auto" and engine not in ENGINES:
+            raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         if not callable(model):
             raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
         _check_model(image, model)
         self.model = model
-        self.n_jvp = self.n_vjp = 0
         self.on_product: Callable[[float], None] | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
             with _unchanged_buffers(model):
                 self.response, activation_bytes = _check_response(model, self.image)
-            self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
-            _, self._vjp_closure = torch.func.vjp(self._respond, self.image)
-            self._check_derivatives()
+            default_chunk = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
+            self._choose_engine(tuple(ENGINES) if engine == "auto" else (engine,), chunk_size or default_chunk)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
+
+    def _choose_engine(self, names: tuple[str, ...], chunk_size: int) -> None:
+        """Take the first engine that PyTorch can build and run; one that runs but is wrong is an error."""
+        self.engine_report: tuple[str, ...] = ()
+        for name in names:
+            self.n_jvp = self.n_vjp = 0
+            self.chunk_size = chunk_size
+            try:
+                self._engine = ENGINES[name](self._respond, self.image)
+                self._check_derivatives()
+            except RuntimeError as error:
+                self.engine_report += (f"{name}: rejected, {str(error).splitlines()[0]}",)
+                _LOG.info("engine %s", self.engine_report[-1])
+                if name == names[-1]:
+                    tried = "; ".join(self.engine_report)
+                    raise RuntimeError(f"PyTorch can't differentiate this model as it has to be: {tried}") from error
+            else:
+                self.engine_report += (f"{name}: in use, {self.chunk_size} vectors at a time",)
+                return
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -110,12 +145,12 @@ class Linearization:
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
         self._check_block(tangents, "tangents", self.image_shape)
-        return self._by_chunks(self._jvp, tangents, (self.response_size,), "n_jvp")
+        return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
         self._check_block(cotangents, "cotangents", (self.response_size,))
-        return self._by_chunks(self._vjp, cotangents, self.image_shape, "n_vjp")
+        return self._by_chunks(self._engine.vjp, cotangents, self.image_shape, "n_vjp")
 
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
@@ -131,23 +166,7 @@ class Linearization:
         return out
 
     def _respond(self, x: Tensor) -> Tensor:
-        return _flatten(_leaves(self.model(x.clone())))  # cloned: a model may begin with an in-place layer
-
-    def _jvp(self, block: Tensor) -> Tensor:
-        def one(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(self._respond, (self.image,), (tangent,))[1]
-
-        if len(block) == 1:
-            return one(block[0])[None]
-        return torch.func.vmap(one)(block)
-
-    def _vjp(self, block: Tensor) -> Tensor:
-        def one(cotangent: Tensor) -> Tensor:
-            return self._vjp_closure(cotangent)[0]
-
-        if len(block) == 1:
-            return one(block[0])[None]
-        return torch.func.vmap(one)(block)
+        return _flatten(_answer(self.model, x))
 
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
         if not isinstance(block, Tensor):
@@ -161,17 +180,27 @@ class Linearization:
                 f"got {block.dtype} on {block.device}"
             )
 
+    def _vectorises(self, v: Tensor) -> bool:
+        """Whether blocks of products work, and are more than a loop with a warning at every call."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                self.vjp(self.jvp(v))
+            except RuntimeError as error:
+                _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
+                return False
+        for warning in caught:
+            if "batching rule" in str(warning.message):
+                _LOG.info("products go through the model one at a time: %s", warning.message)
+                return False
+        return True
+
     def _check_derivatives(self) -> None:
         """Hold one block of products to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩, with u along J v."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(2, *self.image_shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
-        if self.chunk_size > 1:
-            try:
-                jv = self.jvp(v)
-                self.vjp(jv)
-            except RuntimeError as error:  # vmap can't batch this model: one product at a time gives the same
-                _LOG.info("products go through the model one at a time, since vmap refuses it: %s", error)
-                self.chunk_size = 1
+        if self.chunk_size > 1 and not self._vectorises(v):
+            self.chunk_size = 1
         jv = self.jvp(v)
         norms = torch.linalg.vector_norm(jv, dim=1)
         u = jv / torch.where(norms > 0, norms, 1.0)[:, None]
@@ -212,7 +241,7 @@ def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
-        changes_in_training = isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase)
+        changes_in_training = isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm)
         if changes_in_training and module.training:
             raise ValueError(
                 f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
@@ -270,7 +299,7 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
     """Run the model twice; return its response, and the bytes of its activations."""
     with torch.enable_grad():
         x = image.clone().requires_grad_()
-        leaves = _leaves(model(x.clone()))
+        leaves = _answer(model, x)
         for leaf in leaves:
             if leaf.dtype != image.dtype or leaf.device != image.device:
                 raise TypeError(
@@ -292,7 +321,7 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
     if not torch.isfinite(response).all():
         raise ValueError("the model's response to this image holds NaN or infinity")
     with _ActivationBytes() as activations:
-        again = _flatten(_leaves(model(image.clone())))
+        again = _flatten(_answer(model, image))
     if again.numel() != response.numel():
         raise ValueError(f"the model answered with {response.numel()} values, then with {again.numel()}")
     difference = float((again - response.flatten()).abs().max())
@@ -303,6 +332,24 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
             f"they reach {scale:.2g}; remove its randomness (model.eval(), a fixed seed inside)"
         )
     return response, activations.total
+
+
+def _answer(model: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+    """The tensors of the model's response to a copy of x, which an in-place first layer may change."""
+    with _differentiable_attention():
+        return _leaves(model(x.clone()))
+
+
+@contextlib.contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention by its formula: its fused kernels have no forward mode. PyTorch's switches are as before afterwards."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _leaves(response: Any) -> list[Tensor]:

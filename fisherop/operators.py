@@ -19,8 +19,10 @@ _DENSE_BYTES = 2**31
 class _ModelOperator(LinearOperator):
     """What both operators share: a linearization, the boundary to NumPy, the checks of what comes in."""
 
-    def __init__(self, image: Tensor, model: Callable[[Tensor], Any], *, chunk_size: int | None = None) -> None:
-        self._bind(linearize(image, model, chunk_size=chunk_size))
+    def __init__(
+        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+    ) -> None:
+        self._bind(linearize(image, model, engine=engine, chunk_size=chunk_size))
 
     @classmethod
     def from_linearization(cls, linearization: Linearization) -> _ModelOperator:
@@ -127,8 +129,8 @@ class JacobianOperator(_ModelOperator):
         The image, N elements, float32 or float64.
     model : callable or nn.Module
         Its response has M elements; see `linearize` for what is accepted, and for the errors raised.
-    chunk_size : int, optional
-        How many vectors go through the model at a time.
+    engine, chunk_size
+        How products are made, and how many at a time; see `linearize`.
 
     Notes
     -----
@@ -181,7 +183,7 @@ class FisherOperator(_ModelOperator):
 
     Parameters
     ----------
-    image, model, chunk_size
+    image, model, engine, chunk_size
         As in `JacobianOperator`.
     """
 

@@ -3,10 +3,12 @@ import logging
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, small_model
 from torch import nn
 
 from fisherop import linearize
+from fisherop.engines import ENGINES
 
 
 def dense(model, x):
@@ -17,8 +19,10 @@ def dense(model, x):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
-def test_products_match_dense_autograd_in_float64(dtype, device, chunk_size):
-    lin = linearize(small_image(dtype, device), small_model(dtype, device), chunk_size=chunk_size)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_match_dense_autograd_in_float64(dtype, device, chunk_size, engine):
+    model = small_model(dtype, device)
+    lin = linearize(small_image(dtype, device), model, chunk_size=chunk_size, engine=engine)
     truth = dense(small_model(), small_image(dtype).double())
     generator = torch.Generator().manual_seed(2)
     v = torch.randn(7, *lin.image_shape, generator=generator, dtype=dtype).to(device)
@@ -26,15 +30,111 @@ def test_products_match_dense_autograd_in_float64(dtype, device, chunk_size):
     assert_close(lin.jvp(v).cpu(), v.cpu().flatten(1).double() @ truth.T, dtype)
     assert_close(lin.vjp(u).cpu().flatten(1), u.cpu().double() @ truth, dtype)
     assert (lin.n_jvp, lin.n_vjp, lin.n_products) == (7, 7, 7)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_products_match_central_differences():
-    model, x = small_model(), small_image()
+class Exp(torch.autograd.Function):
+    """A custom function of the old style, which has neither a forward mode nor a vmap rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+class Attention(nn.Module):
+    """Self-attention in the three forms that PyTorch fuses."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.heads = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.reshape(1, -1, 8)
+        fused = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.heads(tokens, tokens, tokens), self.layer(tokens), fused
+
+
+def checkpointed(x):
+    return torch.utils.checkpoint.checkpoint(lambda x: (x.sin() * x).cumsum(-1), x, use_reentrant=False)
+
+
+def sampled(x):
+    grid = torch.linspace(-0.9, 0.7, 24, dtype=x.dtype).reshape(1, 3, 4, 2)
+    return nn.functional.grid_sample(x, grid, align_corners=False)
+
+
+MODELS = {  # and the engine that "auto" is to find
+    "convolutional": (lambda: small_model(), "functional"),
+    "attention": (lambda: Attention().double().eval(), "functional"),
+    "instance norm in training mode": (lambda: nn.InstanceNorm2d(2).double(), "functional"),
+    "no batching rule": (lambda: nn.Mish(), "functional"),
+    "old custom function": (lambda: Exp.apply, "double_backward"),
+    "checkpoint": (lambda: checkpointed, "double_backward"),
+    "no forward mode": (lambda: sampled, "double_backward"),
+    "compiled": (lambda: torch.compile(small_model(), backend="eager"), "functional"),
+    "traced": (lambda: torch.jit.trace(nn.Softplus(), small_image()), "functional"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's, of its own doing
+@pytest.mark.parametrize(("build", "engine"), MODELS.values(), ids=MODELS.keys())
+def test_every_kind_of_model_matches_central_differences(build, engine):
+    model, x = build(), small_image()
+    flags = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
     lin = linearize(x, model)
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    assert lin.engine_report[-1].startswith(f"{engine}: in use, ")
+    v = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    u = torch.randn(2, lin.response_size, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
     h = 1e-6
-    difference = (flat_small(model, x + h * v) - flat_small(model, x - h * v)).detach() / (2 * h)
-    np.testing.assert_allclose(lin.jvp(v[None])[0], difference, rtol=1e-6, atol=1e-7)
+
+    def respond(x):
+        return linearize(x, model).response.flatten()
+
+    difference = torch.stack([(respond(x + h * one) - respond(x - h * one)) / (2 * h) for one in v])
+    np.testing.assert_allclose(lin.jvp(v), difference, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose((lin.jvp(v) * u).sum(1), (lin.vjp(u) * v).flatten(1).sum(1), rtol=1e-10)
+    assert flags == (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled())
+
+
+def test_flags_are_restored_after_an_exception():
+    def broken(x):
+        assert not torch.backends.mha.get_fastpath_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        linearize(small_image(), broken)
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_engine_report_says_why():
+    lin = linearize(small_image(), Exp.apply)
+    assert len(lin.engine_report) == 2 and lin.engine_report[0].startswith("functional: rejected, In order to use")
+    with pytest.raises(RuntimeError, match="can't differentiate this model as it has to be: functional: rejected, In"):
+        linearize(small_image(), Exp.apply, engine="functional")
+    with pytest.raises(
+        ValueError, match="engine must be 'auto' or one of 'functional', 'double_backward', got 'traced'"
+    ):
+        linearize(small_image(), Exp.apply, engine="traced")
+
+
+def test_blocks_without_a_batching_rule_warn_nobody(recwarn):
+    lin = linearize(small_image(), nn.Mish())
+    lin.jvp(torch.ones(3, *lin.image_shape, dtype=torch.float64))
+    assert lin.chunk_size == 1 and not recwarn.list
+
+
+def test_autocast_around_the_caller_is_refused():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"got torch\.bfloat16"):
+        linearize(small_image(torch.float32), nn.Conv2d(2, 2, 3))
 
 
 def test_response_is_flattened_in_order():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ["linearize", "operators", "result", "solvers", "eigendistortion", "layers", "plot", "testing"]
+ORDER = ["engines", "linearize", "operators", "result", "solvers", "eigendistortion", "layers", "plot", "testing"]
 MAY_IMPORT_MATPLOTLIB = {"plot"}
 
 
