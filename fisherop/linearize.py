@@ -32,7 +32,8 @@ def linearize(
         One image of any shape, float32 or float64; a leading batch dimension of 1 is usual. It is copied.
     model : callable or nn.Module
         Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
-        flattened and concatenated in order. Neither its parameters, buffers nor gradients are changed.
+        flattened and concatenated in order. A module's parameters, buffers and gradients are not changed (but for
+        buffers that its first call sets up). It must not change while the linearization is in use.
     engine : {"auto", "functional", "double_backward"}
         How products are made. ``"functional"``: J v in forward mode, Jᵀu by the backward pass of one forward pass that
         is kept. ``"double_backward"``: both from that backward pass, which is differentiated once more; for models with
@@ -93,8 +94,7 @@ class Linearization:
         self.on_product: Callable[[float], None] | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
-            with _unchanged_buffers(model):
-                self.response, activation_bytes = _check_response(model, self.image)
+            self.response, activation_bytes = _check_response(model, self.image)
             default_chunk = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
             self._choose_engine(tuple(ENGINES) if engine == "auto" else (engine,), chunk_size or default_chunk)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
@@ -210,13 +210,13 @@ class Linearization:
                 "the model's derivative at this image holds NaN or infinity, though its response is finite; "
                 "a square root, norm or division of zero is the usual cause: add a small constant inside it"
             )
-        gap = (norms.double() - (v.double() * jtu.double()).flatten(1).sum(1)).abs()
+        gap = (norms.double() - (v.double() * jtu.double()).reshape(len(v), -1).sum(1)).abs()
         tolerance = torch.finfo(self.image.dtype).eps ** 0.5
         if (gap > tolerance * norms).any():
             raise ValueError(
                 f"the model's forward-mode and reverse-mode derivatives disagree by {float((gap / norms).max()):.1e} "
-                f"of ⟨J v, u⟩ (allowed: {tolerance:.1e}): a custom autograd function whose jvp or backward is wrong is "
-                "the usual cause"
+                f"of ⟨J v, u⟩ (allowed: {tolerance:.1e}): the usual causes are torch.no_grad inside the model (use "
+                ".detach() on what it computes) and a custom autograd function whose jvp or backward is wrong"
             )
 
 
@@ -241,8 +241,9 @@ def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
-        changes_in_training = isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm)
-        if changes_in_training and module.training:
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        learns = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if module.training and (drops or learns):
             raise ValueError(
                 f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
                 "response is random or depends on its history: call model.eval() first"
@@ -260,27 +261,25 @@ def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _unchanged_buffers(model: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Restore the buffers that a model changes while it is examined, and refuse such a model."""
-    before = {name: buffer.clone() for name, buffer in _buffers(model)}
-    changed = []
-    try:
-        yield
-    finally:
-        for name, buffer in _buffers(model):
-            if not torch.allclose(buffer, before[name], rtol=0, atol=0, equal_nan=True):
-                buffer.copy_(before[name])
-                changed.append(name)
-    if changed:
+def _buffers(model: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+    """Copies of a module's buffers."""
+    return {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
+
+
+def _check_buffers(model: Callable[[Tensor], Any], before: dict[str, Tensor], after_first: dict[str, Tensor]) -> None:
+    """Refuse a module whose second call changes a buffer, with its buffers as they were before the first."""
+    for name, now in _buffers(model).items():
+        first = after_first.get(name)
+        same = first is not None and first.shape == now.shape
+        if same and torch.allclose(first, now, rtol=0, atol=0, equal_nan=True):
+            continue
+        for other, buffer in model.named_buffers():
+            if other in before and before[other].shape == buffer.shape:
+                buffer.copy_(before[other])
         raise ValueError(
-            f"model changes its buffer {changed[0]!r} at every call, so that its response depends on its history: "
-            "freeze it, by model.eval() or in the model's forward"
+            f"model changes its buffer {name!r} at every call, so that its response depends on its history: freeze "
+            "it, by model.eval() or in the model's forward"
         )
-
-
-def _buffers(model: Callable[[Tensor], Any]) -> Iterator[tuple[str, Tensor]]:
-    return model.named_buffers() if isinstance(model, nn.Module) else iter(())
 
 
 class _ActivationBytes(TorchDispatchMode):
@@ -297,6 +296,7 @@ class _ActivationBytes(TorchDispatchMode):
 
 def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tensor, int]:
     """Run the model twice; return its response, and the bytes of its activations."""
+    before = _buffers(model)
     with torch.enable_grad():
         x = image.clone().requires_grad_()
         leaves = _answer(model, x)
@@ -320,8 +320,10 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
     response = (leaves[0] if len(leaves) == 1 else flat).detach().clone()
     if not torch.isfinite(response).all():
         raise ValueError("the model's response to this image holds NaN or infinity")
+    after_first = _buffers(model)
     with _ActivationBytes() as activations:
         again = _flatten(_answer(model, image))
+    _check_buffers(model, before, after_first)
     if again.numel() != response.numel():
         raise ValueError(f"the model answered with {response.numel()} values, then with {again.numel()}")
     difference = float((again - response.flatten()).abs().max())

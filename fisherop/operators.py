@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +52,14 @@ class _ModelOperator(LinearOperator):
         """Products done so far (one is one J v plus one Jᵀu), of every operator on the same linearization."""
         return self.linearization.n_products
 
-    def in_float64(self) -> LinearOperator:
-        """The same operator for a solver that works in float64, around the model's products in their own dtype.
+    def in_float64(self, scale: float = 1.0) -> LinearOperator:
+        """This operator / `scale` for a solver that works in float64, around the model's products in their own dtype.
 
         Around float32 products, a solver's own rounding would otherwise add to the model's.
         """
-        if self.dtype == np.float64:
-            return self
 
         def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
-            return lambda x: multiply(x).astype(np.float64)
+            return lambda x: multiply(x).astype(np.float64) / scale
 
         return LinearOperator(
             self.shape,
@@ -79,7 +78,7 @@ class _ModelOperator(LinearOperator):
     @staticmethod
     def to_columns(block: Tensor) -> NDArray[np.floating]:
         """A block of tensors ``(k, ...)`` as columns ``(N, k)``."""
-        return block.flatten(1).cpu().numpy().T
+        return block.reshape(len(block), math.prod(block.shape[1:])).cpu().numpy().T
 
     def _to_torch(self, columns: ArrayLike) -> Tensor:
         rows = np.ascontiguousarray(np.asarray(columns).T, dtype=self.dtype)
@@ -117,7 +116,10 @@ class _ModelOperator(LinearOperator):
             return self._product(multiply, X.real) + 1j * self._product(multiply, X.imag)
         if not np.isfinite(X).all():
             raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
-        return multiply(X)
+        product = multiply(X)
+        if not np.isfinite(product).all():
+            raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
+        return product
 
 
 class JacobianOperator(_ModelOperator):
@@ -144,6 +146,13 @@ class JacobianOperator(_ModelOperator):
     @staticmethod
     def _shape_for(linearization: Linearization) -> tuple[int, int]:
         return linearization.response_size, linearization.image_size
+
+    @property
+    def fisher(self) -> FisherOperator:
+        """F = JᵀJ on the same linearization; its `jacobian` is this operator."""
+        operator = FisherOperator.from_linearization(self.linearization)
+        operator._jacobian = self
+        return operator
 
     def _matmat(self, X: NDArray) -> NDArray:
         return self._product(lambda X: self.to_columns(self.linearization.jvp(self.to_tensors(X))), X)

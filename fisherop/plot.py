@@ -23,7 +23,7 @@ _MARKERS = {
 
 def eigendistortions(
     ed: Eigendistortion,
-    indices: Sequence[int] = (0, -1),
+    indices: int | Sequence[int] = (0, -1),
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
     panel: float = 2.6,
@@ -34,7 +34,7 @@ def eigendistortions(
     ----------
     ed : Eigendistortion
         After `synthesize`, of a grey image ``(..., height, width)`` or a colour one ``(..., 3, height, width)``.
-    indices : sequence of int
+    indices : int or sequence of int
         Positions among the distortions found: 0 for the most noticeable, −1 for the least.
     scale : float, optional
         The distortion's norm in the image's units, one for all rows. By default its RMS is 5 % of `vrange`.
@@ -58,6 +58,9 @@ def eigendistortions(
     """
     distortions, image = _images(ed)
     values = ed.result.eigenvalues
+    indices = np.atleast_1d(indices).tolist()
+    if not indices:
+        raise ValueError("indices is empty: name at least one distortion, as in (0, -1)")
     for i in indices:
         if not -len(values) <= i < len(values):
             raise IndexError(f"indices holds {i}, but there are {len(values)} eigendistortions")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,8 @@ class EigenResult:
     eigenvectors : ndarray, shape (N, K)
         Orthonormal columns, in the operator's dtype.
     eigenindex : ndarray of int, shape (K,)
-        The rank that is claimed for each among all N: 0 for the largest, N − 1 for the smallest.
+        The rank that is claimed for each among all N: 0 for the largest, N − 1 for the smallest. Residuals are held
+        one by one, so that an index holds for the eigenvalue to within √K · tol · λ_max.
     residual_norms : ndarray, shape (K,)
         ‖F v − λ v‖₂.
     status : ndarray of Status, shape (K,)
@@ -87,7 +87,6 @@ class EigenResult:
     def __post_init__(self) -> None:
         for array in (self.eigenvalues, self.eigenvectors, self.eigenindex, self.residual_norms, self.status):
             array.flags.writeable = False
-        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
 
     @property
     def converged(self) -> NDArray[np.bool_]:
@@ -123,17 +122,23 @@ class ConvergenceError(RuntimeError):
     """A solver did not reach `tol`. What it found stands, certified, in `result`."""
 
     def __init__(self, message: str, result: EigenResult) -> None:
-        super().__init__(message)
+        super().__init__(message, result)
         self.result = result
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class SolverStopped(RuntimeError):
     """Raised by a solver that can't go on; carries what it has, columns (N, k') by descending eigenvalue."""
 
     def __init__(self, message: str, largest: NDArray, smallest: NDArray) -> None:
-        super().__init__(message)
+        super().__init__(message, largest, smallest)
         self.largest = largest
         self.smallest = smallest
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def certify(
@@ -154,11 +159,13 @@ def certify(
 
     Parameters
     ----------
-    operator : FisherOperator, shape (N, N)
+    operator : FisherOperator or JacobianOperator
+        Of shape (N, N) or (M, N).
     vectors : array_like, shape (N, K)
         Orthonormal columns, by descending eigenvalue.
     eigenindex : sequence of int, length K
-        The index claimed for each, ascending; −1 stands for N − 1, and so on.
+        The index claimed for each, ascending: 0, 1, … from the largest end, …, N − 2, N − 1 at the smallest, or both.
+        −1 stands for N − 1, and so on.
     tol : float
         Relative to λ_max. Since λ_max is replaced by a Rayleigh quotient, which is at most λ_max, no pair passes
         that should not.
@@ -180,9 +187,15 @@ def certify(
         The vectors are not finite, orthonormal and in descending order of their Rayleigh quotients, or the indices
         don't fit.
     """
+    operator = getattr(operator, "fisher", operator)
+    if not hasattr(operator, "jacobian"):
+        raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
+    check_tol(tol)
+    if not isinstance(probe, int | np.integer) or probe < 0:
+        raise ValueError(f"probe must be an integer from 0, got {probe!r}")
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    rng = np.random.default_rng(rng).spawn(1)[0]
+    rng = spawned(rng)
     v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
     index = _check_index(eigenindex, n)
     if v.shape != (n, len(index)):
@@ -228,10 +241,29 @@ def certify(
     )
 
 
+def check_tol(tol: float) -> None:
+    if not isinstance(tol, int | float | np.number) or not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1 (it is relative to λ_max), got {tol!r}")
+
+
+def spawned(rng: int | np.random.Generator | None) -> np.random.Generator:
+    """A generator of a stream of its own, so that a start vector never repeats data drawn from the same seed."""
+    try:
+        return np.random.default_rng(rng).spawn(1)[0]
+    except TypeError as error:
+        raise TypeError(f"rng must be a seed or a Generator by numpy.random.default_rng, got {rng!r}") from error
+
+
 def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
     index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
     if len(index) and not (index[0] >= 0 and index[-1] < n and (np.diff(index) > 0).all()):
         raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
+    from_top = int((index == np.arange(len(index))).sum())
+    if not np.array_equal(index[from_top:], np.arange(n - len(index) + from_top, n)):
+        raise ValueError(
+            f"eigenindex must run on from 0, or up to {n - 1}, or both, since no other index can be examined; got "
+            f"{list(eigenindex)}"
+        )
     return index
 
 
@@ -301,7 +333,7 @@ def _noise(jacobian: Any, v: NDArray, sigma_max: float, rng: np.random.Generator
     xy = rng.standard_normal((jacobian.shape[1], 2))
     xy = (xy / np.linalg.norm(xy, axis=0)).astype(jacobian.dtype)
     if v.shape[1]:
-        xy = np.column_stack([xy, v[:, 0]]).astype(jacobian.dtype)
+        xy = np.column_stack([xy, v[:, 0]])
     y, xs = xy[:, :1], xy[:, 1:]
     products = jacobian.matmat(np.column_stack([xy, xs + y])).astype(np.float64)
     j_y, j_xs, j_sums = products[:, :1], products[:, 1 : xy.shape[1]], products[:, xy.shape[1] :]

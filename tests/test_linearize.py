@@ -7,6 +7,7 @@ import torch.utils.checkpoint
 from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, small_model
 from torch import nn
 
+import fisherop
 from fisherop import linearize
 from fisherop.engines import ENGINES
 
@@ -292,6 +293,51 @@ def test_refused_model_keeps_its_buffers():
     with pytest.raises(ValueError, match="calls"):
         linearize(ONE, model)
     assert model.calls == 0
+
+
+class Cached(nn.Module):
+    """Sets up buffers at its first call, as position embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", None)
+        self.register_buffer("grown", torch.empty(0))
+        self.register_buffer("statistic", torch.zeros(()))
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(1, 2, x.shape[-1])
+            self.grown = torch.ones(3)
+            self.statistic.copy_(x.detach().mean())
+        return x * self.table
+
+
+def test_buffers_set_up_at_the_first_call_are_fine():
+    lin = linearize(ONE, Cached())
+    assert torch.equal(lin.jvp(ONE[None])[0], (ONE * torch.linspace(1, 2, 4)).flatten())
+
+
+def test_modules_that_training_mode_does_not_change():
+    linearize(ONE, nn.Sequential(nn.Dropout(0.0), nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+def test_image_without_dimensions():
+    lin = linearize(torch.tensor(0.5), torch.sin)
+    assert lin.image_shape == () and lin.image_size == 1
+    torch.testing.assert_close(lin.jvp(torch.ones(2)), torch.full((2, 1), 0.5).cos())
+    result = fisherop.eigenpairs(fisherop.FisherOperator(torch.tensor(0.5), torch.sin), which="largest", method="power")
+    assert result.eigenvalues[0] == pytest.approx(np.cos(0.5) ** 2)
+
+
+def no_grad_inside(x):
+    with torch.no_grad():
+        scale = x.std()
+    return x.tanh() / scale
+
+
+def test_no_grad_inside_is_named():
+    with pytest.raises(ValueError, match=r"the usual causes are torch\.no_grad inside the model \(use \.detach"):
+        linearize(torch.linspace(0, 1, 9), no_grad_inside)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "many"])

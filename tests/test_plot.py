@@ -66,6 +66,7 @@ def test_nothing_is_changed():
         ((60,), {}, ValueError, r"grey \(..., height, width\) or colour .*, got shape \(60,\)"),
         ((1, 4, 5, 3), {}, ValueError, r"got shape \(1, 4, 5, 3\)"),
         ((6, 10), {"indices": (4,)}, IndexError, "indices holds 4, but there are 4 eigendistortions"),
+        ((6, 10), {"indices": ()}, ValueError, "indices is empty: name at least one distortion"),
         ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must ascend, got \(1, 0\): pass the values of black and"),
     ],
 )

@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from helpers import DTYPES, linear_operator, matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherop import ConvergenceError, Status, certify
+from fisherop import ConvergenceError, SolverStopped, Status, certify
 from fisherop.testing import matrix_with_singular_values
 
 SIGMA = np.r_[5.0, 4.0, np.linspace(3, 1, 26), 0.5, 0.1]
@@ -95,6 +97,9 @@ def test_null_is_proven_jointly():
         (lambda v: v[:, :2], [0], r"vectors must have shape \(30, 1\), one column an index, got \(30, 2\)"),
         (lambda v: v[:, :2], [1, 0], r"eigenindex must ascend within 0 … 29, got \[1, 0\]"),
         (lambda v: v[:, :2], [0, 30], r"eigenindex must ascend within 0 … 29, got \[0, 30\]"),
+        (lambda v: v[:, :1], [15], r"must run on from 0, or up to 29, or both, since .* examined; got \[15\]"),
+        (lambda v: v[:, :2], [0, 2], r"must run on from 0, or up to 29, or both, since .* examined; got \[0, 2\]"),
+        (lambda v: v[:, :3], [0, 28, 28], r"eigenindex must ascend"),
     ],
 )
 def test_what_is_no_answer_raises(change, index, message):
@@ -106,7 +111,7 @@ def test_what_is_no_answer_raises(change, index, message):
 @given(matrix=matrices(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
 def test_bounds_hold(matrix, dtype, seed):
-    """Whatever vectors are certified: the intervals contain the dense extremes, and converged means converged."""
+    """Whatever vectors are certified, the intervals contain the dense extremes, and no claim is false."""
     F = linear_operator(matrix, dtype)
     n = matrix.shape[1]
     rng = np.random.default_rng(seed)
@@ -119,6 +124,9 @@ def test_bounds_hold(matrix, dtype, seed):
     assert result.lambda_max_bounds[0] <= top + slack and result.lambda_max_bounds[1] >= top - slack
     assert result.lambda_min_bounds[0] == 0 and result.lambda_min_bounds[1] >= bottom - slack
     assert result.eigenvalues.max(initial=0.0) <= result.lambda_max_bounds[0]
+    full = np.r_[truth, np.zeros(max(0, n - len(truth)))]
+    wrong = abs(result.eigenvalues - full[result.eigenindex]) > 2 * result.tol * top + slack
+    assert not (wrong & result.converged).any()
     assert (np.diff(result.eigenvalues) <= 0).all()
 
 
@@ -133,7 +141,40 @@ def test_result_is_frozen_and_readable():
     assert lines[0].startswith("mine: 2 eigenpairs of F (30 × 30), J is 40 × 30, tol 1e-06, ")
     assert lines[3].split()[:3] == ["0", "2.50000e+01", "1.00e+00"] and lines[3].endswith("eigenpair")
     assert "λ_min: 0 ≤ λ_min ≤ 1.00000e-02" in lines
-    assert "certified" not in str(ConvergenceError("message", result))
+    assert str(ConvergenceError("message", result)) == "message"
+
+
+def test_results_and_errors_travel_between_processes():
+    F, v, _ = known()
+    result = certify(F, v[:, [0, 29]], [0, -1], details={"a": 1}, rng=0)
+    for travelled in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert str(travelled) == str(result) and np.array_equal(travelled.eigenvectors, result.eigenvectors)
+        assert list(travelled.status) == list(result.status) and travelled.converged.all()
+    error = pickle.loads(pickle.dumps(ConvergenceError("message", result)))
+    assert str(error) == "message" and str(error.result) == str(result)
+    stopped = pickle.loads(pickle.dumps(SolverStopped("message", v[:, :1], v[:, :0])))
+    assert str(stopped) == "message" and stopped.largest.shape == (30, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tol": np.nan}, ValueError, r"tol must lie between 0 and 1 .*, got nan"),
+        ({"tol": "1e-6"}, ValueError, r"tol must lie between 0 and 1 .*, got '1e-6'"),
+        ({"probe": -1}, ValueError, "probe must be an integer from 0, got -1"),
+        ({"rng": np.random.RandomState(0)}, TypeError, "rng must be a seed or a Generator by numpy"),
+        ({"operator": np.eye(30)}, TypeError, "operator must be a FisherOperator or a JacobianOperator, got ndarray"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    F, v, _ = known()
+    with pytest.raises(error, match=message):
+        certify(**{"operator": F, "vectors": v[:, :1], "eigenindex": [0]} | arguments)
+
+
+def test_a_jacobian_operator_will_do():
+    F, v, _ = known()
+    assert certify(F.jacobian, v[:, :1], [0], rng=0).converged.all()
 
 
 def test_float32_margin_is_noise():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from fisherop.operators import FisherOperator, JacobianOperator
-from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify
+from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify, check_tol, spawned
 from fisherop.solvers.eigsh import eigsh
 from fisherop.solvers.exact import exact
 from fisherop.solvers.lobpcg import lobpcg
@@ -88,9 +88,8 @@ def eigenpairs(
     _check_arguments(k, which, tol, maxiter, on_failure, n)
     solver, name = _choose(method, options)
     if which == "both" and 2 * k > n and solver is not exact:
-        raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: lower k, use which='largest', or method='exact'")
-    # A spawned stream, so that a start vector never repeats data that a user drew from the same seed.
-    rng = np.random.default_rng(rng).spawn(1)[0]
+        raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
+    rng = spawned(rng)
     before = operator.n_products
     stopped: SolverStopped | None = None
     certificate = 1.5 * min(n, 2 * k) + 2.5
@@ -125,7 +124,7 @@ def eigenpairs(
 
 def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
-        return FisherOperator.from_linearization(operator.linearization)
+        return operator.fisher
     if not isinstance(operator, FisherOperator):
         raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
     return operator
@@ -136,8 +135,7 @@ def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_fai
         raise ValueError(f"k must be an integer from 1 to N = {n}, got {k!r}")
     if which not in ("both", "largest", "smallest"):
         raise ValueError(f"which must be 'both', 'largest' or 'smallest', got {which!r}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1 (it is relative to λ_max), got {tol!r}")
+    check_tol(tol)
     if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 1):
         raise ValueError(f"maxiter must be a positive integer or None, got {maxiter!r}")
     if on_failure not in ("raise", "warn"):
@@ -183,18 +181,25 @@ def _progress_bar(operator: FisherOperator, name: str, total: float | None, show
     """Count products on the screen, for whatever solver makes them."""
     lin = operator.linearization
     with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
-        lin.on_product = bar.update
+        listener = lin.on_product
+
+        def on_product(count: float) -> None:
+            bar.update(count)
+            if listener is not None:
+                listener(count)
+
+        lin.on_product = on_product
         try:
             yield
         finally:
-            lin.on_product = None
+            lin.on_product = listener
 
 
 def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
     scale = result.lambda_max_bounds[0]
     parts = [f"method {result.method!r} did not reach tol={result.tol:.1g} in {result.n_products:g} products"]
     if stopped is not None:
-        parts.append(str(stopped))
+        parts.append(str(stopped).rstrip("."))
     for i in np.flatnonzero(~result.converged)[:4]:
         parts.append(
             f"eigenindex {result.eigenindex[i]}: λ = {result.eigenvalues[i]:.3e}, residual "

@@ -7,7 +7,7 @@ import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
+from fisherop.result import SolverStopped, ritz_extremes
 
 
 def eigsh(
@@ -38,6 +38,12 @@ def eigsh(
     if k >= n:
         raise ValueError(f"method='eigsh' needs k < N, got k={k} and N={n}: use method='exact'")
 
+    scale = ritz_extremes(operator, np.empty((n, 0)), 1, rng)[1]
+    if scale == 0:  # F is zero, where every vector is right and ARPACK has none to start with
+        count = 2 * k if which == "both" else k
+        return np.zeros(count), np.linalg.qr(rng.standard_normal((n, count)))[0]
+    fisher = operator.in_float64(scale)  # ARPACK's test has an absolute floor, which a small F would fall below
+
     def largest(matrix: sla.LinearOperator, k: int, tol: float, basis: int) -> tuple[NDArray, NDArray]:
         values, vectors = sla.eigsh(
             matrix,
@@ -50,24 +56,22 @@ def eigsh(
         )
         return values[::-1], vectors[:, ::-1]
 
-    fisher = operator.in_float64()
-    found: list[tuple[NDArray, NDArray]] = []
-    end = "largest"
+    nothing = np.empty(0), np.empty((n, 0))
+    found = {"largest": nothing, "smallest": nothing}
     try:
-        top = largest(fisher, k, tol, 20) if which != "smallest" else largest(fisher, 1, 1e-2, 20)
-        if which != "smallest":
-            found.append(top)
+        end = "largest"
+        if which == "smallest":
+            top = largest(fisher, 1, 1e-2, 20)
+        else:
+            top = found[end] = largest(fisher, k, tol, 20)
         if which != "largest":
             end = "smallest"
             shift = 1.01 * float(top[0][0])
             shifted = sla.LinearOperator((n, n), lambda x: shift * x - fisher @ x, dtype=fisher.dtype)
             values, vectors = largest(shifted, k, tol, 60)
-            found.append((shift - values[::-1], vectors[:, ::-1]))
-    except sla.ArpackError as error:  # non-convergence carries what converged, other faults nothing
-        vectors = getattr(error, "eigenvectors", np.empty((n, 0)))
-        raise SolverStopped(
-            f"ARPACK at the {end} end: {error}",
-            largest=found[0][1] if found else vectors if end == "largest" else np.empty((n, 0)),
-            smallest=vectors if end == "smallest" else np.empty((n, 0)),
-        ) from error
-    return np.concatenate([v for v, _ in found]), np.hstack([v for _, v in found])
+            found[end] = shift - values[::-1], vectors[:, ::-1]
+    except sla.ArpackError as error:
+        if which in ("both", end) and isinstance(error, sla.ArpackNoConvergence):  # it carries what did converge
+            found[end] = error.eigenvalues, error.eigenvectors
+        raise SolverStopped(f"ARPACK at the {end} end: {error}", found["largest"][1], found["smallest"][1]) from error
+    return scale * np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])

@@ -43,8 +43,7 @@ def exact(
     """
     jacobian = operator.jacobian
     m, n = jacobian.shape
-    side = n if m < n else min(m, n)
-    needed = m * n * (jacobian.dtype.itemsize + 2 * 8) + 5 * side**2 * 8
+    needed = m * n * (jacobian.dtype.itemsize + 2 * 8) + 5 * n**2 * 8
     allowed = _half_of_memory() if max_bytes is None else max_bytes
     if needed > allowed:
         raise ValueError(

@@ -37,7 +37,7 @@ def power(
     maxiter = maxiter or 2000
 
     def start(k: int) -> Tensor:
-        return operator.to_tensors(rng.standard_normal((n, k))).flatten(1)
+        return operator.to_tensors(rng.standard_normal((n, k))).reshape(k, n)
 
     found: list[tuple[Tensor, Tensor]] = []
     if which == "smallest":
@@ -56,7 +56,7 @@ def _iterate(lin: Linearization, v: Tensor, shift: float | None, tol: float, max
     for _ in range(maxiter):
         v = torch.linalg.qr(v.T)[0].T
         jv = lin.jvp(v.reshape(-1, *lin.image_shape))
-        fv = lin.vjp(jv).flatten(1)
+        fv = lin.vjp(jv).reshape(v.shape)
         values, rotation = torch.linalg.eigh(jv.double() @ jv.double().T)
         values, rotation = values.flip(0), rotation.flip(1).T.to(v.dtype)
         v, fv = rotation @ v, rotation @ fv

@@ -68,6 +68,9 @@ def randomized_svd(
     def forward(rows: Tensor) -> Tensor:
         return lin.jvp(rows.reshape(-1, *lin.image_shape))
 
+    def backward(rows: Tensor) -> Tensor:
+        return lin.vjp(rows).reshape(len(rows), n)
+
     def orthonormal(rows: Tensor) -> Tensor:
         return torch.linalg.qr(rows.T)[0].T.contiguous()
 
@@ -76,8 +79,8 @@ def randomized_svd(
 
     basis = orthonormal(forward(gaussian(min(k + p, m, n))))
     for _ in range(q):
-        basis = orthonormal(forward(orthonormal(lin.vjp(basis).flatten(1))))
-    _, sigma, vh = torch.linalg.svd(lin.vjp(basis).flatten(1).double(), full_matrices=False)
+        basis = orthonormal(forward(orthonormal(backward(basis))))
+    _, sigma, vh = torch.linalg.svd(backward(basis).double(), full_matrices=False)
 
     trials = forward(gaussian(_TRIALS))
     missed = (trials - (trials @ basis.T) @ basis).double()

@@ -7,7 +7,7 @@ import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
+from fisherop.result import SolverStopped, ritz_extremes
 
 
 def svds(
@@ -42,6 +42,13 @@ def svds(
     if k >= side:
         raise ValueError(f"method='svds' needs k < min(M, N), got k={k} and J of {m} × {n}: use method='exact'")
     nothing = np.empty((n, 0))
+    scale = ritz_extremes(operator, nothing, 1, rng)[1] ** 0.5
+    if scale == 0:  # J is zero, where every vector is right and ARPACK has none to start with
+        count = 2 * k if which == "both" else k
+        return np.zeros(count), np.linalg.qr(rng.standard_normal((n, count)))[0]
+    jacobian = operator.jacobian.in_float64(
+        scale
+    )  # ARPACK's test has an absolute floor, which a small J would fall below
     found: dict[str, tuple[NDArray, NDArray]] = {}
     for end in ("largest", "smallest") if which == "both" else (which,):
         largest = found["largest"][1] if "largest" in found else nothing
@@ -54,7 +61,7 @@ def svds(
         basis = ncv or max(2 * k + 1, 20 if end == "largest" else 60)
         try:
             _, sigma, vh = sla.svds(
-                operator.jacobian.in_float64(),
+                jacobian,
                 k,
                 which="LM" if end == "largest" else "SM",
                 tol=tol**0.5,  # which SciPy squares
@@ -67,5 +74,5 @@ def svds(
             partial = getattr(error, "eigenvectors", nothing) if m >= n else nothing
             ends = (partial, nothing) if end == "largest" else (largest, partial)
             raise SolverStopped(f"ARPACK at the {end} end: {error}", *ends) from error
-        found[end] = sigma[::-1] ** 2, vh[::-1].T
+        found[end] = (scale * sigma[::-1]) ** 2, vh[::-1].T
     return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
