@@ -46,9 +46,7 @@ def svds(
     if scale == 0:  # J is zero, where every vector is right and ARPACK has none to start with
         count = 2 * k if which == "both" else k
         return np.zeros(count), np.linalg.qr(rng.standard_normal((n, count)))[0]
-    jacobian = operator.jacobian.in_float64(
-        scale
-    )  # ARPACK's test has an absolute floor, which a small J would fall below
+    jacobian = operator.jacobian.in_float64(scale)  # as in eigsh: ARPACK's test has an absolute floor
     found: dict[str, tuple[NDArray, NDArray]] = {}
     for end in ("largest", "smallest") if which == "both" else (which,):
         largest = found["largest"][1] if "largest" in found else nothing
