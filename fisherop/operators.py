@@ -101,6 +101,12 @@ class _ModelOperator(LinearOperator):
     def rmatmat(self, X: ArrayLike) -> NDArray:
         return super().rmatmat(self._checked(X, self.shape[0], (2,)))
 
+    def _matvec(self, x: NDArray) -> NDArray:
+        return self._matmat(x.reshape(-1, 1))[:, 0]
+
+    def _rmatvec(self, x: NDArray) -> NDArray:  # which not every SciPy derives from _rmatmat
+        return self._rmatmat(x.reshape(-1, 1))[:, 0]
+
     def _checked(self, x: ArrayLike, length: int, ndims: tuple[int, ...]) -> NDArray:
         if not isinstance(x, np.ndarray):
             x = np.asanyarray(x)

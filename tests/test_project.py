@@ -40,7 +40,7 @@ def test_imports_go_one_way(path):
 def run(script, cwd):
     """Run Python code as a user would, with warnings as errors."""
     filters = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated"]
-    env = os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT / "examples")}
+    env = os.environ | {"MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, *filters, *script], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
