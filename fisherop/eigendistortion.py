@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult
-from fisherop.solvers import eigenpairs
+from fisherop.solvers import eigenpairs, progress_bar
 
 
 class Eigendistortion:
@@ -121,7 +121,7 @@ class Eigendistortion:
         )
         return self
 
-    def compute_jacobian(self) -> Tensor:
+    def compute_jacobian(self, *, progress: bool = True) -> Tensor:
         """The Jacobian (M, N) as a tensor on the image's device; it is kept in `jacobian`.
 
         Raises
@@ -129,7 +129,9 @@ class Eigendistortion:
         ValueError
             It would take more than 2 GiB.
         """
-        self.operator.jacobian.to_dense()
+        jacobian = self.operator.jacobian
+        with progress_bar(self.operator, "jacobian", min(jacobian.shape) / 2, progress):
+            jacobian.to_dense()
         return self.jacobian
 
     @property

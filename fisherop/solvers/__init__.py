@@ -94,7 +94,7 @@ def eigenpairs(
     stopped: SolverStopped | None = None
     certificate = 1.5 * min(n, 2 * k) + 2.5
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
-    with _progress_bar(operator, name, total, progress):
+    with progress_bar(operator, name, total, progress):
         try:
             _, vectors, *more = solver(operator, k, which, tol=tol / 2, maxiter=maxiter, rng=rng, **options)
             details = more[0] if more else {}
@@ -177,7 +177,7 @@ def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
 
 
 @contextmanager
-def _progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[None]:
+def progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[None]:
     """Count products on the screen, for whatever solver makes them."""
     lin = operator.linearization
     with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
