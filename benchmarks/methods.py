@@ -1,6 +1,6 @@
 """Every method on the On–Off model at a 56 × 56 grey photograph, float64: values, residuals and products at both ends.
 
-Prints a Markdown table; the README's was made by it. Run with no argument, about five minutes on 2 cores.
+Prints a Markdown table; the README's was made by it. Run with no argument, a few minutes on 2 cores.
 """
 
 import pathlib

@@ -155,7 +155,7 @@ def certify(
 ) -> EigenResult:
     """Certify that vectors are the eigenvectors of F they are said to be, by fresh products and nothing else.
 
-    Costs 1 product a vector, 1 for the noise, and `probe` to look for directions beyond those found.
+    Costs 1 product a vector, 2.5 for the noise, and `probe` to look for directions beyond those found.
 
     Parameters
     ----------
@@ -167,8 +167,7 @@ def certify(
         The index claimed for each, ascending: 0, 1, … from the largest end, …, N − 2, N − 1 at the smallest, or both.
         −1 stands for N − 1, and so on.
     tol : float
-        Relative to λ_max. Since λ_max is replaced by a Rayleigh quotient, which is at most λ_max, no pair passes
-        that should not.
+        Relative to λ_max, in whose place stands a Rayleigh quotient: at most λ_max, it makes each inequality stricter.
     probe : int
         Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
         shows that its index is wrong. Without them λ_max is known from `vectors` alone.
