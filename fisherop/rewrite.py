@@ -1,0 +1,351 @@
+"""Rules by which the linear part of a tape becomes cheaper, its result being the same.
+
+`simplify` is algebra: what copies or adds zero goes, products with constants are joined, and the scale of a batch norm
+goes into the convolution beside it. `lower` then chooses the operations that compute this fastest.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherop.tape import IMAGE, LINEAR, STATIC, Node, NotLinear, Tape, needed
+
+aten = torch.ops.aten
+_FEW_CHANNELS = 4  # up to so many, a matrix product and a sum over windows beat PyTorch's transposed convolution
+Rule = Callable[[Tape, Node, tuple, list[int]], Node | None]  # tape, old node, new arguments, arguments used here alone
+
+
+def simplify(tape: Tape, out: Node) -> Node:
+    """An equal node, whose linear ancestors are fewer and cheaper."""
+    return _lay_out(tape, _rewrite(tape, _rewrite(tape, out, _CLEAN), _JOIN))
+
+
+def lower(tape: Tape, out: Node) -> Node:
+    """An equal node whose operations are those that compute it fastest, at the shapes of this tape."""
+    return _rewrite(tape, _rewrite(tape, out, _CLEAN), {aten.convolution.default: _lower_convolution})
+
+
+def _rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
+    nodes = needed([out], above=IMAGE)
+    users = Counter(parent.index for node in nodes for parent in node.parents)
+    new: dict[int, Node] = {}
+    for node in nodes:
+        if node.op is None:
+            new[node.index] = node
+            continue
+        args, kwargs = (_replace(part, new) for part in (node.args, node.kwargs))
+        alone = [i for i, a in enumerate(node.args) if isinstance(a, Node) and users[a.index] == 1]
+        better = rules[node.op](tape, node, args, alone) if node.op in rules and not _alpha(kwargs) else None
+        new[node.index] = better or tape.linear(node.value, node.op, *args, **kwargs)
+    return new[out.index]
+
+
+def _alpha(kwargs: dict) -> bool:
+    return kwargs.get("alpha", 1) != 1
+
+
+def _replace(tree: Any, new: dict[int, Node]) -> Any:
+    if isinstance(tree, Node):
+        return new.get(tree.index, tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_replace(part, new) for part in tree)
+    if isinstance(tree, dict):
+        return {key: _replace(part, new) for key, part in tree.items()}
+    return tree
+
+
+def _is_linear(x: Any) -> bool:
+    return isinstance(x, Node) and x.level == LINEAR
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, Node) and x.level < LINEAR and isinstance(x.value, Tensor)
+
+
+# ---- cleaning: one operation at a time
+
+
+def _add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """Without a term that is zero; any other constant would not be linear."""
+    a, b = args
+    if _is_linear(a) and _is_linear(b):
+        return None
+    one, other = (a, b) if _is_linear(a) else (b, a)
+    if bool(other.value.any()) if isinstance(other, Node) else other != 0:
+        raise NotLinear(f"{node.op} adds a constant to the derivative")
+    if one.value.dtype != node.value.dtype:
+        return None
+    if one is b and node.op is aten.sub.Tensor:
+        one = tape.linear(one.value, aten.neg.default, one)
+    return _expand(tape, one, node)
+
+
+def _expand(tape: Tape, x: Node, node: Node) -> Node:
+    shape = node.value.shape
+    return x if x.value.shape == shape else tape.linear(node.value, aten.expand.default, x, list(shape))
+
+
+def _copy(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    return args[0]
+
+
+def _to_copy(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    same = all(getattr(args[0].value, a) == getattr(node.value, a) for a in ("dtype", "device", "layout"))
+    return args[0] if same else None
+
+
+def _copy_into(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    source = args[1]
+    if not _is_linear(source) or source.value.dtype != node.value.dtype or source.value.device != node.value.device:
+        return None
+    return _expand(tape, source, node)
+
+
+def _reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """A reshape, which takes any layout where a view may not."""
+    x = args[0]
+    if isinstance(args[1], torch.dtype):
+        return None
+    while x.op is torch.reshape:
+        x = x.args[0]
+    same = x.value.shape == node.value.shape
+    return x if same else tape.linear(node.value, torch.reshape, x, list(node.value.shape))
+
+
+def _same_shape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    return args[0] if args[0].value.shape == node.value.shape else None
+
+
+def _elementwise(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """g times an elementwise derivative: multiplication by a constant, which is the operation's result for ones."""
+    g, *rest = args
+    points = [a for a in rest if _is_constant(a)]
+    if not _is_linear(g) or any(map(_is_linear, rest)) or not points:
+        raise NotLinear(f"{node.op} is not linear")
+    slope = tape.constant(node.op, tape.constant(aten.ones_like.default, points[0]), *rest, **node.kwargs)
+    return _product(tape, node, g, slope)
+
+
+def _mul(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """The constant comes second; the constants of two products in a row are multiplied if they are static."""
+    if all(map(_is_linear, args)):
+        raise NotLinear("the derivative holds a product of two tangents")
+    x, c = args if _is_linear(args[0]) else args[::-1]
+    return _product(tape, node, x, c) if isinstance(c, Node) else None
+
+
+def _product(tape: Tape, node: Node, x: Node, c: Node) -> Node | None:
+    while c.op is aten.expand.default:
+        c = c.args[0]
+    if torch.broadcast_shapes(x.value.shape, c.value.shape) != x.value.shape or x.value.dtype != node.value.dtype:
+        return None
+    if x.op is aten.mul.Tensor and c.level == STATIC and _is_constant(x.args[1]):
+        if x.args[1].level == STATIC and x.args[1].value.shape == c.value.shape:
+            return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, x.args[1], c))
+    return tape.linear(node.value, aten.mul.Tensor, x, c)
+
+
+def _div(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    if _is_linear(args[1]):
+        raise NotLinear("the derivative holds a quotient of two tangents")
+    if not _is_constant(args[1]) or args[0].value.dtype != args[1].value.dtype:
+        return None
+    return _product(tape, node, args[0], tape.constant(aten.reciprocal.default, args[1]))
+
+
+def _getitem(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    rule = {
+        aten.convolution_backward.default: _convolution_backward,
+        aten.native_batch_norm_backward.default: _batch_norm_backward,
+    }.get(args[0].op)
+    return rule(tape, node, args[0].args) if rule and args[1] == 0 else None
+
+
+def _convolution_backward(tape: Tape, node: Node, args: tuple) -> Node | None:
+    """With respect to its input: the convolution with the same weights, transposed."""
+    g, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
+    if not _is_linear(g) or _is_linear(x) or _is_linear(weight):
+        return None
+    sizes = zip(*(_each(t, weight.value.ndim - 2) for t in (stride, padding, dilation)), strict=True)
+    beyond = [0] * (weight.value.ndim - 2)
+    if not transposed:
+        reached = [
+            (m - 1) * s - 2 * p + d * (size - 1) + 1
+            for m, size, (s, p, d) in zip(g.value.shape[2:], weight.value.shape[2:], sizes, strict=True)
+        ]
+        beyond = [n - r for n, r in zip(x.value.shape[2:], reached, strict=True)]
+    return tape.linear(
+        node.value, aten.convolution.default, g, weight, None, stride, padding, dilation, not transposed, beyond, groups
+    )
+
+
+def _each(numbers: Sequence[int], n: int) -> list[int]:
+    return list(numbers) * (n if len(numbers) == 1 else 1)
+
+
+def _batch_norm_backward(tape: Tape, node: Node, args: tuple) -> Node | None:
+    """In evaluation mode: a constant scale per channel, made as forward mode makes it, so that they share it."""
+    g, x, weight, _, var, _, _, train, epsilon, _ = args
+    if not _is_linear(g) or train or var is None:
+        return None
+    shape = [1, -1] + [1] * (g.value.ndim - 2)
+    scale = tape.constant(aten.reciprocal.default, tape.constant(torch.sqrt, tape.constant(torch.add, var, epsilon)))
+    scale = tape.constant(torch.reshape, scale, shape)
+    if weight is not None:
+        scale = tape.constant(torch.mul, scale, tape.constant(torch.reshape, weight, shape))
+    return _product(tape, node, g, scale)
+
+
+# ---- joining: operations that are used once
+
+
+def _join_mul(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    x, c = args
+    if 0 not in alone or not _is_constant(c):
+        return None
+    if x.op is aten.mul.Tensor and _is_constant(x.args[1]) and x.args[1].value.shape == c.value.shape:
+        pair = sorted((x.args[1], c), key=lambda n: n.index)  # in one order, so that both directions share it
+        return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, *pair))
+    if x.op is aten.convolution.default and _is_linear(x.args[0]) and _is_per_channel(c, x):
+        scaled = _scale(tape, x.args[1], c, 1 if x.args[6] else 0, x.args[8] if x.args[6] else 1)
+        return scaled and tape.linear(node.value, x.op, x.args[0], scaled, *x.args[2:])
+    return None
+
+
+def _join_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    x, weight, bias, *rest = args
+    if bias is not None:
+        raise NotLinear("a convolution adds a bias to the derivative")
+    if not _is_constant(weight) or not (0 in alone and x.op is aten.mul.Tensor and _is_constant(x.args[1])):
+        return None
+    if not _is_per_channel(x.args[1], x):
+        return None
+    scaled = _scale(tape, weight, x.args[1], 0 if rest[3] else 1, 1 if rest[3] else rest[5])
+    return scaled and tape.linear(node.value, node.op, x.args[0], scaled, None, *rest)
+
+
+def _is_per_channel(c: Node, x: Node) -> bool:
+    shape = [1] * (x.value.ndim - c.value.ndim) + list(c.value.shape)
+    return c.level == STATIC and shape == [1, x.value.shape[1]] + [1] * (x.value.ndim - 2)
+
+
+def _scale(tape: Tape, weight: Node, c: Node, dimension: int, groups: int) -> Node | None:
+    """The weights times the scale of their channels in a dimension; not where groups share that dimension."""
+    if groups != 1 or weight.level != STATIC:
+        return None
+    shape = [1] * weight.value.ndim
+    shape[dimension] = -1
+    return tape.constant(torch.mul, weight, tape.constant(torch.reshape, c, shape))
+
+
+# ---- layout and lowering: what convolutions in 2-D on the CPU do fastest
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _wants_nhwc(node: Node) -> bool:
+    value = node.value
+    return (
+        isinstance(value, Tensor)
+        and value.ndim == 4
+        and value.device.type == "cpu"
+        and value.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _lay_out(tape: Tape, out: Node) -> Node:
+    """Keep weights, and constants that meet the result of a convolution, in the layout ``channels_last``."""
+    nhwc: set[int] = set()
+    new: dict[int, Node] = {}
+    for node in needed([out], above=IMAGE):
+        args = _replace(node.args, new)
+        follows = node.op in _KEEP_LAYOUT and any(_is_linear(a) and a.index in nhwc for a in args)
+        if node.op is aten.convolution.default and _wants_nhwc(node) and args[1].level == STATIC:
+            args = (args[0], tape.constant(_nhwc, args[1]), *args[2:])
+            follows = True
+        elif follows:
+            args = tuple(
+                tape.constant(_nhwc, a) if _is_constant(a) and a.value.ndim == 4 and a.level == IMAGE else a for a in args
+            )
+        kwargs = _replace(node.kwargs, new)
+        new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node
+        if follows:
+            nhwc.add(new[node.index].index)
+    return new[out.index]
+
+
+def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    if not _wants_nhwc(node) or weight.level != STATIC:
+        return None
+    n, channels, *size = node.value.shape
+    if transposed and groups == 1 and channels <= _FEW_CHANNELS:
+        stride, padding, dilation = (_each(t, 2) for t in (stride, padding, dilation))
+        kernel = list(weight.value.shape[2:])
+        matrix = tape.constant(torch.t, tape.constant(torch.reshape, weight, [weight.value.shape[0], -1]))
+        x = tape.linear(x.value.flatten(2), torch.reshape, x, [n, weight.value.shape[0], -1])
+        columns = tape.linear(torch.matmul(matrix.value[:, :0], x.value[:, :0]), torch.matmul, matrix, x)
+        return tape.linear(node.value, aten.col2im.default, columns, size, kernel, dilation, padding, stride)
+    return tape.linear(node.value, node.op, tape.linear(x.value, _nhwc, x), *args[1:])
+
+
+_CLEAN: dict[Callable, Rule] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _add,
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
+    aten.copy.default: _copy_into,
+    aten._to_copy.default: _to_copy,
+    aten.expand.default: _same_shape,
+    operator.getitem: _getitem,
+    **dict.fromkeys(
+        (
+            aten.alias.default,
+            aten.clone.default,
+            aten.detach.default,
+            aten.lift_fresh.default,
+            aten.positive.default,
+        ),
+        _copy,
+    ),
+    **dict.fromkeys(
+        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default), _reshape
+    ),
+    **dict.fromkeys(
+        (
+            aten.gelu_backward.default,
+            aten.silu_backward.default,
+            aten.elu_backward.default,
+            aten.mish_backward.default,
+            aten.softplus_backward.default,
+            aten.hardtanh_backward.default,
+            aten.hardswish_backward.default,
+            aten.hardsigmoid_backward.default,
+            aten.leaky_relu_backward.default,
+            aten.log_sigmoid_backward.default,
+            aten.sigmoid_backward.default,
+            aten.tanh_backward.default,
+        ),
+        _elementwise,
+    ),
+}
+_JOIN: dict[Callable, Rule] = {aten.mul.Tensor: _join_mul, aten.convolution.default: _join_convolution}
+_KEEP_LAYOUT = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.threshold_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.avg_pool2d_backward.default,
+    aten.avg_pool2d.default,
+}

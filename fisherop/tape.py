@@ -1,0 +1,275 @@
+"""A tape of the tensor operations that a function performs, for functions that are linear in one of their inputs.
+
+What depends on that input is the *linear* part, what remains is constant: *image* where it depends on the point of
+linearisation, *static* where it depends on nothing but parameters. Constants are computed once, the linear part at
+every product.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+STATIC, IMAGE, LINEAR = range(3)
+_SMALL = 4096  # elements
+
+
+class NotLinear(RuntimeError):
+    """The operations recorded can't be replayed as a linear function."""
+
+
+class Node:
+    """One operation. `args` and `kwargs` hold nodes in the place of tensors; an input has the operation None."""
+
+    __slots__ = ("args", "index", "kwargs", "level", "op", "value")
+
+    def __init__(self, index: int, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> None:
+        self.index = index
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs
+        self.level = level
+        self.value = value  # at the image of the recording
+
+    @property
+    def parents(self) -> list[Node]:
+        return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, Node)]
+
+
+class Tape:
+    """Operations in the order of their execution, each distinct one once.
+
+    Attributes
+    ----------
+    reads_image : bool
+        Whether Python saw a value that depends on the image, so that the tape may hold for this image alone.
+    """
+
+    def __init__(self) -> None:
+        self.reads_image = False
+        self._known: dict[Any, Node] = {}
+        self._of_tensor: dict[int, Node] = {}
+        self._sharing: collections.Counter[int] = collections.Counter()
+        self._inputs: list[tuple[Tensor, Node]] = []
+        self._alive: list[Tensor] = []
+        self._count = 0
+
+    def input(self, value: Tensor, level: int) -> Node:
+        node = self._node(None, (), {}, level, value)
+        self._inputs.append((value, node))
+        return self._remember(value, node)
+
+    def constant(self, op: Callable, *args: Any, **kwargs: Any) -> Node:
+        """The node of an operation on constants, executed here."""
+        key = _key(op, args, kwargs)
+        if key not in self._known:
+            value, level = op(*_values(args), **_values(kwargs)), _level((args, kwargs))
+            if level == STATIC:
+                return self._known.setdefault(key, self.static(value))
+            self._known[key] = self._node(op, args, kwargs, level, value)
+        return self._known[key]
+
+    def linear(self, like: Any, op: Callable, *args: Any, **kwargs: Any) -> Node:
+        """The node of an operation on the linear part, whose result has the shape and dtype of `like`."""
+        key = _key(op, args, kwargs)
+        if key not in self._known:
+            self._known[key] = self._node(op, args, kwargs, LINEAR, like)
+        return self._known[key]
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        """Run a function; its operations go on the tape. Return its result with nodes in the place of tensors."""
+        try:
+            with _Recorder(self):
+                out = function()
+            return _map(out, self._of)
+        finally:
+            self._of_tensor = {id(t): node for t, node in self._inputs}
+            self._alive.clear()
+            self._sharing.clear()
+
+    def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
+        self._count += 1
+        return Node(self._count, op, args, kwargs, level, value)
+
+    def _remember(self, tensor: Tensor, node: Node) -> Node:
+        if id(tensor) not in self._of_tensor:
+            self._alive.append(tensor)  # or another tensor might get its id
+            self._sharing[tensor.untyped_storage()._cdata] += 1
+        self._of_tensor[id(tensor)] = node
+        return node
+
+    def _of(self, tensor: Tensor) -> Node:
+        """The node of a tensor; one that no operation on the tape made is a constant."""
+        if id(tensor) not in self._of_tensor:
+            self._remember(tensor, self.static(tensor.detach()))
+        return self._of_tensor[id(tensor)]
+
+    def static(self, value: Tensor) -> Node:
+        """The node of a constant; equal ones share it, by place, or by value if they are small."""
+        if value._is_zerotensor():
+            value = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+        if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
+            place = value.resolve_conj().resolve_neg().contiguous().view(-1).numpy().tobytes() if value.numel() else b""
+        else:
+            place = id(value) if value.layout != torch.strided else (value.data_ptr(), value.stride())
+        key = value.dtype, value.device, value.shape, place
+        if key not in self._known:
+            self._known[key] = self._node(None, (), {}, STATIC, value)
+        return self._known[key]
+
+    def _append(self, op: Callable, args: tuple, kwargs: dict, out: Any) -> None:
+        nodes = _map((args, kwargs), self._of)
+        level = _level(nodes)
+        tensors = [leaf for leaf in _leaves(out) if isinstance(leaf, Tensor)]
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            raise NotLinear(f"{op} draws random numbers")
+        if not tensors or torch.Tag.dynamic_output_shape in op.tags:
+            if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
+                if level == LINEAR:
+                    raise NotLinear(f"{op} reads values of the derivative")
+                self.reads_image = self.reads_image or level == IMAGE
+            if not tensors:
+                return
+        changed = [
+            i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
+        if changed:
+            op = self._functional(op, args, changed)
+        key = _key(op, *nodes)
+        node = self._known.get(key)
+        if node is None:
+            static = level == STATIC and isinstance(out, Tensor)
+            node = self._known[key] = self.static(out.detach()) if static else self._node(op, *nodes, level, out)
+        if isinstance(out, Tensor):
+            self._remember(out, node)
+        else:
+            for i, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    key = _key(operator.getitem, (node, i), {})
+                    if key not in self._known:
+                        self._known[key] = self._node(operator.getitem, (node, i), {}, level, part)
+                    self._remember(part, self._known[key])
+
+    def _functional(self, op: Callable, args: tuple, changed: list[int]) -> Callable:
+        """The operation that returns what `op` writes in place."""
+        if changed != [0] or self._sharing[args[0].untyped_storage()._cdata] > 1:
+            raise NotLinear(f"{op} changes a tensor in place that others may see")
+        packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+        if packet is None or op._overloadname not in packet.overloads():
+            raise NotLinear(f"{op} works in place")
+        return getattr(packet, op._overloadname)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            node = self._tape._of(args[0])
+            if node.level < LINEAR:
+                node.value = args[0].clone()  # what it was remains a constant of its own
+        out = func(*args, **kwargs)
+        self._tape._append(func, args, kwargs, out)
+        return out
+
+
+def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
+    """The nodes that the outputs are computed from, in order, of levels greater than `above`."""
+    found: dict[int, Node] = {}
+    stack = [node for node in outputs if node.level > above]
+    while stack:
+        node = stack.pop()
+        if node.index not in found:
+            found[node.index] = node
+            stack.extend(parent for parent in node.parents if parent.level > above)
+    return [found[index] for index in sorted(found)]
+
+
+def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
+    """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up."""
+    names = {node.index: f"i{n}" for n, node in enumerate(inputs)}
+    space: dict[str, Any] = {}
+    lines = []
+    last = {parent.index: n for n, node in enumerate(nodes) for parent in node.parents if parent.level > STATIC}
+    kept = {node.index for node in outputs} | set(names)
+
+    def spell(x: Any) -> str:
+        if isinstance(x, Node) and x.index in names:
+            return names[x.index]
+        if isinstance(x, Node):
+            x = x.value
+        if isinstance(x, list | tuple):
+            inner = "".join(spell(y) + ", " for y in x)
+            return f"[{inner}]" if isinstance(x, list) else f"({inner})"
+        if x is None or isinstance(x, bool | int | str) or (isinstance(x, float) and math.isfinite(x)):
+            return repr(x)
+        space[name := f"k{len(space)}"] = x
+        return name
+
+    for n, node in enumerate(nodes):
+        if node.index in names:
+            continue
+        space[op := f"k{len(space)}"] = node.op
+        names[node.index] = f"t{n}"
+        arguments = [spell(a) for a in node.args] + [f"{key}={spell(a)}" for key, a in node.kwargs.items()]
+        lines.append(f"t{n} = {op}({', '.join(arguments)})")
+        dead = sorted({names[p.index] for p in node.parents if last.get(p.index) == n and p.index not in kept})
+        if dead:
+            lines.append(f"del {', '.join(dead)}")
+    lines.append(f"return {spell(tuple(outputs))}")
+    source = f"def run({', '.join(names[node.index] for node in inputs)}):\n    " + "\n    ".join(lines)
+    exec(source, space)  # made of the names above alone
+    return space["run"]
+
+
+def _leaves(tree: Any) -> list:
+    if isinstance(tree, list | tuple):
+        return [leaf for part in tree for leaf in _leaves(part)]
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in _leaves(part)]
+    return [tree]
+
+
+def _map(tree: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
+    if isinstance(tree, Tensor):
+        return of_tensor(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(part, of_tensor) for part in tree)
+    if isinstance(tree, dict):
+        return {key: _map(part, of_tensor) for key, part in tree.items()}
+    return tree
+
+
+def _values(tree: Any) -> Any:
+    if isinstance(tree, Node):
+        return tree.value
+    if isinstance(tree, list | tuple):
+        return type(tree)(_values(part) for part in tree)
+    if isinstance(tree, dict):
+        return {key: _values(part) for key, part in tree.items()}
+    return tree
+
+
+def _level(tree: Any) -> int:
+    return max((leaf.level for leaf in _leaves(tree) if isinstance(leaf, Node)), default=STATIC)
+
+
+def _key(op: Callable, args: Any, kwargs: dict) -> tuple:
+    def freeze(x: Any) -> Any:
+        if isinstance(x, Node):
+            return Node, x.index
+        if isinstance(x, list | tuple):
+            return tuple(map(freeze, x))
+        return type(x), repr(x) if isinstance(x, float) else x  # 0.0 == -0.0, and nan is never found
+
+    return op, freeze(args), tuple(sorted((key, freeze(x)) for key, x in kwargs.items()))
