@@ -1,7 +1,8 @@
 """How products with a Jacobian are made: each engine takes a function of one tensor and the point to differentiate at.
 
-An engine has ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. It is
-called without gradients being recorded. Where k = 1, nothing is vectorised.
+An engine is made of a function of the image that gives a flat response, the image, and the model that the function
+calls. It has ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``, called
+without gradients being recorded. Where k = 1, nothing is vectorised.
 """
 
 from __future__ import annotations
@@ -19,29 +20,59 @@ from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes,
 
 
 class Traced:
-    """Both products as programs: the operations of one J v and one Jᵀu, without what depends on the image alone.
+    """The operations of one J v and of one Jᵀu, without what depends on the image alone: that is computed once.
 
-    That part is computed once per image and kept as constants.
+    Both are recorded in one run of the model (`fisherop.tape`), simplified (`fisherop.rewrite`) and kept as programs,
+    per module, image shape and dtype, until the module goes or changes. Another image then costs a forward pass.
 
     Attributes
     ----------
     response : Tensor or None
-        The response to the image by a program that an earlier image left behind; None where it was made here.
+        The response to the image, flat, by the program that an earlier image left; None where the program is new.
+    vector_bytes : int
+        A bound on what one product computes on its way.
     """
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, *, model: Any = None) -> None:
-        known = _PROGRAMS.get(model) if isinstance(model, nn.Module) else None
-        key = _fingerprint(model, image) if isinstance(model, nn.Module) else None
-        if known is not None and known[0] == key:
-            self._program = known[1]
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
+        self._program = self._known(image, model)
+        if self._program is not None:
             self.response, *self._constants = self._program.prepare(image)
         else:
             self.response = None
             self._program, self._constants = _trace(respond, image)
-            if key is not None and not self._program.reads_image:
-                _PROGRAMS[model] = key, self._program
-            elif isinstance(model, nn.Module):
-                _PROGRAMS.pop(model, None)
+            if _can_be_kept(model) and not self._program.reads_image:
+                _PROGRAMS[model] = _fingerprint(model, image), self._program
+        self.vector_bytes = self._program.vector_bytes
+
+    @classmethod
+    def knows(cls, image: Tensor, model: Any) -> bool:
+        """Whether an earlier image left a program for this one."""
+        return cls._known(image, model) is not None
+
+    @staticmethod
+    def _known(image: Tensor, model: Any) -> _Program | None:
+        """The program of an earlier image, if it still holds; one that doesn't is forgotten."""
+        if not _can_be_kept(model) or model not in _PROGRAMS:
+            return None
+        fingerprint, program = _PROGRAMS[model]
+        if fingerprint == _fingerprint(model, image):
+            return program
+        del _PROGRAMS[model]
+        return None
+
+    def forget(self, model: Any) -> None:
+        """Keep no program for this model."""
+        if _can_be_kept(model):
+            _PROGRAMS.pop(model, None)
+
+    @property
+    def vectorises(self) -> bool:
+        """Whether blocks of products are worth more than a loop."""
+        return self._program.vectorises
+
+    @vectorises.setter
+    def vectorises(self, value: bool) -> None:
+        self._program.vectorises = value
 
     def jvp(self, tangents: Tensor) -> Tensor:
         return self._program.product("jvp", self._constants, tangents)
@@ -50,22 +81,32 @@ class Traced:
         return self._program.product("vjp", self._constants, cotangents)
 
     @property
-    def held(self) -> list[Tensor]:
-        return [*self._constants, *self._program.statics]
+    def held_bytes(self) -> tuple[int, int]:
+        """The memory of what depends on the image, and of what the images of one model share, without parameters."""
+        return _bytes(self._constants), _bytes(self._program.statics)
 
 
 class _Program:
-    """What tracing leaves behind: of a model, for images of one shape and dtype.
+    """What tracing leaves: of a model, for images of one shape and dtype.
 
-    ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` is a tuple of J v.
+    ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v.
     """
 
-    def __init__(self, prepare: Callable, single: dict[str, Callable], statics: list[Tensor], reads_image: bool) -> None:
+    def __init__(
+        self,
+        prepare: Callable[..., tuple],
+        single: dict[str, Callable[..., tuple]],
+        statics: list[Tensor],
+        vector_bytes: int,
+        reads_image: bool,
+    ) -> None:
         self.prepare = prepare
         self.single = single
         self.statics = statics
+        self.vector_bytes = vector_bytes
         self.reads_image = reads_image
-        self._blocks: dict[tuple[str, int], Callable] = {}
+        self.vectorises = True
+        self._blocks: dict[tuple[str, int], Callable[..., tuple]] = {}
 
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
@@ -75,7 +116,7 @@ class _Program:
         return self._blocks[key](block, *constants)[0]
 
     @staticmethod
-    def _vectorised(single: Callable, constants: list[Tensor], block: Tensor) -> Callable:
+    def _vectorised(single: Callable[..., tuple], constants: list[Tensor], block: Tensor) -> Callable[..., tuple]:
         tape = Tape()
         inputs = [tape.input(block, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
         out = lower(tape, tape.record(lambda: _batched(lambda one: single(one, *constants)[0], block)))
@@ -83,6 +124,10 @@ class _Program:
 
 
 _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, _Program]] = weakref.WeakKeyDictionary()
+
+
+def _can_be_kept(model: Any) -> bool:
+    return isinstance(model, nn.Module) and isinstance(model, Hashable)
 
 
 def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program, list[Tensor]]:
@@ -111,7 +156,10 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program
         for direction, (out, vector) in outputs.items()
     }
     statics = [p.value for p in parents.values() if p.level == STATIC]
-    return _Program(prepare, single, statics, tape.reads_image), [c.value for c in constants]
+    own = [t for t in statics if t.untyped_storage().data_ptr() not in tape.external]
+    computed = itertools.chain(*(needed([node], above=IMAGE) for node in (forward, backward)))
+    vector_bytes = sum(n.value.nbytes for n in computed if isinstance(n.value, Tensor))
+    return _Program(prepare, single, own, vector_bytes, tape.reads_image), [c.value for c in constants]
 
 
 def _fingerprint(model: nn.Module, image: Tensor) -> Hashable:
@@ -124,24 +172,28 @@ def _fingerprint(model: nn.Module, image: Tensor) -> Hashable:
         image.device,
         tuple((id(t), t.data_ptr(), t._version, t.shape) for t in tensors),
         tuple(
-            (id(module), repr(sorted((k, a) for k, a in vars(module).items() if isinstance(a, plain))))
+            (
+                id(module),
+                tuple(module._forward_hooks),
+                tuple(module._forward_pre_hooks),
+                repr([(name, value) for name, value in vars(module).items() if isinstance(value, plain)]),
+            )
             for module in model.modules()
         ),
         torch.get_default_dtype(),
     )
 
 
-def bytes_of(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
-    """The memory that tensors take, each storage once, without those of `besides`."""
-    theirs = {t.untyped_storage().data_ptr() for t in besides}
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """The memory that tensors take, each storage once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for place, size in storages.items() if place not in theirs)
+    return sum(storages.values())
 
 
 class Functional:
     """Forward-mode for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor) -> None:
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
         self._respond = respond
         self._image = image
         _, self._backward = torch.func.vjp(respond, image)
@@ -159,7 +211,7 @@ class DoubleBackward:
     Both graphs, of the function and of g, are built once and kept.
     """
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor) -> None:
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
         with torch.enable_grad():
             self._image = image.clone().requires_grad_()
             self._response = respond(self._image)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.engines import ENGINES
+from fisherop.engines import ENGINES, Traced
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # activations that one block of products may hold, by default
@@ -94,29 +94,76 @@ class Linearization:
         self.on_product: Callable[[float], None] | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
-            self.response, activation_bytes = _check_response(model, self.image)
-            default_chunk = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
-            self._choose_engine(tuple(ENGINES) if engine == "auto" else (engine,), chunk_size or default_chunk)
+            self.engine_report: tuple[str, ...] = ()
+            self.n_jvp = self.n_vjp = 0
+            names = tuple(ENGINES) if engine == "auto" else (engine,)
+            if not ("traced" in names and self._resume(chunk_size)):
+                self.response, activation_bytes = _check_response(model, self.image)
+                self._choose_engine(names, chunk_size, activation_bytes)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
 
-    def _choose_engine(self, names: tuple[str, ...], chunk_size: int) -> None:
-        """Take the first engine that PyTorch can build and run; one that runs but is wrong is an error."""
-        self.engine_report: tuple[str, ...] = ()
+    def _resume(self, chunk_size: int | None) -> bool:
+        """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
+        if not Traced.knows(self.image, self.model):
+            return False
+        self._engine = Traced(self._respond, self.image, self.model)
+        v = self._random()
+        try:
+            response, reference = torch.func.jvp(self._respond, (self.image,), (v[0],))
+            _check_close("response", self._engine.response, response)
+            self.response = response.reshape(self._leaf_shape)
+            self._set_chunk(chunk_size if self._engine.vectorises else 1, self._engine.vector_bytes)
+            self._check_derivatives(v, reference)
+        except (RuntimeError, ValueError) as error:
+            self._engine.forget(self.model)
+            self._report(f"traced: the program of an earlier image is rejected, {error}")
+            return False
+        self._report(self._in_use("traced", "by the program of an earlier image, "))
+        return True
+
+    def _choose_engine(self, names: tuple[str, ...], chunk_size: int | None, activation_bytes: int) -> None:
+        """Take the first engine that can be built and is right."""
+        v = self._random()
         for name in names:
-            self.n_jvp = self.n_vjp = 0
-            self.chunk_size = chunk_size
             try:
-                self._engine = ENGINES[name](self._respond, self.image)
-                self._check_derivatives()
-            except RuntimeError as error:
-                self.engine_report += (f"{name}: rejected, {str(error).splitlines()[0]}",)
-                _LOG.info("engine %s", self.engine_report[-1])
+                self._try_engine(name, v, chunk_size, activation_bytes)
+            except (RuntimeError, ValueError) as error:
+                self._report(f"{name}: rejected, {str(error).splitlines()[0]}")
+                if name != "traced" and isinstance(error, ValueError):
+                    raise  # the model is at fault, not the engine
                 if name == names[-1]:
                     tried = "; ".join(self.engine_report)
                     raise RuntimeError(f"PyTorch can't differentiate this model as it has to be: {tried}") from error
             else:
-                self.engine_report += (f"{name}: in use, {self.chunk_size} vectors at a time",)
+                self._report(self._in_use(name))
                 return
+
+    def _try_engine(self, name: str, v: Tensor, chunk_size: int | None, activation_bytes: int) -> None:
+        self._engine = engine = ENGINES[name](self._respond, self.image, self.model)
+        reference = None
+        if isinstance(engine, Traced):
+            activation_bytes = engine.vector_bytes
+            _, reference = torch.func.jvp(self._respond, (self.image,), (v[0],))
+        self._set_chunk(chunk_size, activation_bytes)
+        self._check_derivatives(v, reference)
+        if isinstance(engine, Traced):
+            u = self.jvp(v)
+            _check_close("Jᵀu", self.vjp(u), torch.func.vjp(self._respond, self.image)[1](u[0])[0][None])
+        if self.chunk_size > 1 and not self._vectorises(v):
+            self.chunk_size = 1
+            if isinstance(engine, Traced):
+                engine.vectorises = False
+
+    def _report(self, line: str) -> None:
+        self.engine_report += (line,)
+        _LOG.info("engine %s", line)
+
+    def _in_use(self, name: str, how: str = "") -> str:
+        line = f"{name}: in use, {how}{self.chunk_size} vectors at a time"
+        if isinstance(self._engine, Traced):
+            image, model = self._engine.held_bytes
+            line += f", holding {image / 2**20:.1f} MiB for the image and {model / 2**20:.1f} MiB for the model"
+        return line
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -166,7 +213,10 @@ class Linearization:
         return out
 
     def _respond(self, x: Tensor) -> Tensor:
-        return _flatten(_answer(self.model, x))
+        leaves = _answer(self.model, x)
+        flat = _flatten(leaves)
+        self._leaf_shape = leaves[0].shape if len(leaves) == 1 else flat.shape
+        return flat
 
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
         if not isinstance(block, Tensor):
@@ -180,12 +230,19 @@ class Linearization:
                 f"got {block.dtype} on {block.device}"
             )
 
+    def _random(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, *self.image_shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
+
+    def _set_chunk(self, chunk_size: int | None, vector_bytes: int) -> None:
+        self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, vector_bytes)))
+
     def _vectorises(self, v: Tensor) -> bool:
         """Whether blocks of products work, and are more than a loop with a warning at every call."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                self.vjp(self.jvp(v))
+                self.vjp(self.jvp(torch.cat([v, v])))
             except RuntimeError as error:
                 _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
                 return False
@@ -195,29 +252,41 @@ class Linearization:
                 return False
         return True
 
-    def _check_derivatives(self) -> None:
-        """Hold one block of products to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩, with u along J v."""
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(2, *self.image_shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
-        if self.chunk_size > 1 and not self._vectorises(v):
-            self.chunk_size = 1
+    def _check_derivatives(self, v: Tensor, reference: Tensor | None) -> None:
+        """Hold J v to an independent one, if there is one, and to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩, u along J v.
+
+        Both products, repeated, must give the same bits.
+        """
         jv = self.jvp(v)
-        norms = torch.linalg.vector_norm(jv, dim=1)
-        u = jv / torch.where(norms > 0, norms, 1.0)[:, None]
+        norm = torch.linalg.vector_norm(jv)
+        u = jv / torch.where(norm > 0, norm, 1.0)
         jtu = self.vjp(u)
         if not (torch.isfinite(jv).all() and torch.isfinite(jtu).all()):
             raise ValueError(
                 "the model's derivative at this image holds NaN or infinity, though its response is finite; "
                 "a square root, norm or division of zero is the usual cause: add a small constant inside it"
             )
-        gap = (norms.double() - (v.double() * jtu.double()).reshape(len(v), -1).sum(1)).abs()
+        if reference is not None:
+            _check_close("J v", jv[0], reference)
+        gap = float((norm.double() - (v.double() * jtu.double()).sum()).abs())
         tolerance = torch.finfo(self.image.dtype).eps ** 0.5
-        if (gap > tolerance * norms).any():
+        if gap > tolerance * float(norm):
             raise ValueError(
-                f"the model's forward-mode and reverse-mode derivatives disagree by {float((gap / norms).max()):.1e} "
+                f"the model's forward-mode and reverse-mode derivatives disagree by {gap / float(norm):.1e} "
                 f"of ⟨J v, u⟩ (allowed: {tolerance:.1e}): the usual causes are torch.no_grad inside the model (use "
                 ".detach() on what it computes) and a custom autograd function whose jvp or backward is wrong"
             )
+        if not torch.equal(jv, self.jvp(v)):
+            raise ValueError("the model's derivative is not the same when it is asked for twice")
+
+
+def _check_close(what: str, actual: Tensor, reference: Tensor) -> None:
+    """Refuse a tensor that differs from an independently computed one by more than half of the dtype's digits."""
+    tolerance = torch.finfo(reference.dtype).eps ** 0.5
+    error = float(torch.linalg.vector_norm((actual - reference).double()))
+    scale = float(torch.linalg.vector_norm(reference.double()))
+    if not error <= tolerance * scale:
+        raise RuntimeError(f"its {what} differs from PyTorch's by {error / scale if scale else error:.1e} of its norm")
 
 
 def _check_image(image: Tensor) -> None:

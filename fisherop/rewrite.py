@@ -6,6 +6,7 @@ goes into the convolution beside it. `lower` then chooses the operations that co
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,10 +92,6 @@ def _expand(tape: Tape, x: Node, node: Node) -> Node:
     return x if x.value.shape == shape else tape.linear(node.value, aten.expand.default, x, list(shape))
 
 
-def _copy(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
-    return args[0]
-
-
 def _to_copy(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     same = all(getattr(args[0].value, a) == getattr(node.value, a) for a in ("dtype", "device", "layout"))
     return args[0] if same else None
@@ -108,10 +105,7 @@ def _copy_into(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | 
 
 
 def _reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
-    """A reshape, which takes any layout where a view may not."""
     x = args[0]
-    if isinstance(args[1], torch.dtype):
-        return None
     while x.op is torch.reshape:
         x = x.args[0]
     same = x.value.shape == node.value.shape
@@ -120,6 +114,15 @@ def _reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | No
 
 def _same_shape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     return args[0] if args[0].value.shape == node.value.shape else None
+
+
+def _as_strided_scatter(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """A reshape where it overwrites all of its first argument."""
+    base, source, size, stride, *offset = args
+    if offset in ([], [None], [0]) and list(size) == list(source.value.shape) and math.prod(size) == base.value.numel():
+        if base.value.is_contiguous() and list(stride) == list(torch.empty(size, device="meta").stride()):
+            return tape.linear(node.value, torch.reshape, source, list(base.value.shape))
+    return None
 
 
 def _elementwise(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -222,7 +225,7 @@ def _join_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> 
     x, weight, bias, *rest = args
     if bias is not None:
         raise NotLinear("a convolution adds a bias to the derivative")
-    if not _is_constant(weight) or not (0 in alone and x.op is aten.mul.Tensor and _is_constant(x.args[1])):
+    if not _is_constant(weight) or not (x.op is aten.mul.Tensor and _is_constant(x.args[1])):
         return None
     if not _is_per_channel(x.args[1], x):
         return None
@@ -306,20 +309,9 @@ _CLEAN: dict[Callable, Rule] = {
     aten.copy.default: _copy_into,
     aten._to_copy.default: _to_copy,
     aten.expand.default: _same_shape,
+    aten.as_strided_scatter.default: _as_strided_scatter,
     operator.getitem: _getitem,
-    **dict.fromkeys(
-        (
-            aten.alias.default,
-            aten.clone.default,
-            aten.detach.default,
-            aten.lift_fresh.default,
-            aten.positive.default,
-        ),
-        _copy,
-    ),
-    **dict.fromkeys(
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default), _reshape
-    ),
+    torch.reshape: _reshape,
     **dict.fromkeys(
         (
             aten.gelu_backward.default,

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+aten = torch.ops.aten
 STATIC, IMAGE, LINEAR = range(3)
+_COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default, aten.positive.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+_UNINITIALISED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 _SMALL = 4096  # elements
 
 
@@ -50,13 +54,17 @@ class Tape:
     ----------
     reads_image : bool
         Whether Python saw a value that depends on the image, so that the tape may hold for this image alone.
+    external : set of int
+        The addresses of the tensors that no operation made: parameters, buffers.
     """
 
     def __init__(self) -> None:
         self.reads_image = False
+        self.external: set[int] = set()
         self._known: dict[Any, Node] = {}
         self._of_tensor: dict[int, Node] = {}
-        self._sharing: collections.Counter[int] = collections.Counter()
+        self._sharing: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+        self._stale: set[int] = set()
         self._inputs: list[tuple[Tensor, Node]] = []
         self._alive: list[Tensor] = []
         self._count = 0
@@ -93,6 +101,7 @@ class Tape:
             self._of_tensor = {id(t): node for t, node in self._inputs}
             self._alive.clear()
             self._sharing.clear()
+            self._stale.clear()
 
     def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
         self._count += 1
@@ -101,13 +110,17 @@ class Tape:
     def _remember(self, tensor: Tensor, node: Node) -> Node:
         if id(tensor) not in self._of_tensor:
             self._alive.append(tensor)  # or another tensor might get its id
-            self._sharing[tensor.untyped_storage()._cdata] += 1
+            self._sharing[tensor.untyped_storage()._cdata].add(id(tensor))
         self._of_tensor[id(tensor)] = node
         return node
 
     def _of(self, tensor: Tensor) -> Node:
         """The node of a tensor; one that no operation on the tape made is a constant."""
+        if id(tensor) in self._stale:
+            raise NotLinear("a tensor is read that was changed in place through a view of it")
         if id(tensor) not in self._of_tensor:
+            if not tensor._is_zerotensor() and tensor.device.type != "meta":
+                self.external.add(tensor.untyped_storage().data_ptr())
             self._remember(tensor, self.static(tensor.detach()))
         return self._of_tensor[id(tensor)]
 
@@ -116,6 +129,7 @@ class Tape:
         if value._is_zerotensor():
             value = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
         if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
+            value = value.clone()  # of its own, in case the operation after next changes it in place
             place = value.resolve_conj().resolve_neg().contiguous().view(-1).numpy().tobytes() if value.numel() else b""
         else:
             place = id(value) if value.layout != torch.strided else (value.data_ptr(), value.stride())
@@ -137,18 +151,25 @@ class Tape:
                 self.reads_image = self.reads_image or level == IMAGE
             if not tensors:
                 return
-        changed = [
-            i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-        ]
-        if changed:
-            op = self._functional(op, args, changed)
+        if op in _COPIES or (op is aten.as_strided.default and _repeats_layout(*args)):
+            self._remember(out, nodes[0][0])
+            return
+        changes = op._schema.is_mutable
+        if op in _VIEWS:  # a view may not fit where a copy before it is left out
+            op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
+        elif op is aten.as_strided.default:
+            op, nodes = self._as_strided(args[0], nodes[0], out)
+        elif changes:
+            op = self._functional(op, args)
         key = _key(op, *nodes)
         node = self._known.get(key)
         if node is None:
-            static = level == STATIC and isinstance(out, Tensor)
+            static = level == STATIC and isinstance(out, Tensor) and op not in _UNINITIALISED
             node = self._known[key] = self.static(out.detach()) if static else self._node(op, *nodes, level, out)
         if isinstance(out, Tensor):
             self._remember(out, node)
+            if changes:
+                self._change_views(out, node)
         else:
             for i, part in enumerate(out):
                 if isinstance(part, Tensor):
@@ -157,11 +178,36 @@ class Tape:
                         self._known[key] = self._node(operator.getitem, (node, i), {}, level, part)
                     self._remember(part, self._known[key])
 
-    def _functional(self, op: Callable, args: tuple, changed: list[int]) -> Callable:
+    def _as_strided(self, had: Tensor, args: tuple, out: Tensor) -> tuple[Callable, tuple[tuple, dict]]:
+        """A reshape where it goes through all of a contiguous tensor; else it needs that tensor contiguous."""
+        x, size, stride, *offset = args
+        if not had.is_contiguous() or had.storage_offset():
+            raise NotLinear("as_strided of a tensor that is not contiguous")
+        if offset in ([], [None], [0]) and out.numel() == had.numel() and out.is_contiguous():
+            return torch.reshape, ((x, list(size)), {})
+        key = _key(Tensor.contiguous, (x,), {})
+        if key not in self._known:
+            self._known[key] = self._node(Tensor.contiguous, (x,), {}, x.level, had)
+        return aten.as_strided.default, ((self._known[key], size, stride, *offset), {})
+
+    def _change_views(self, changed: Tensor, node: Node) -> None:
+        """After a change in place: who sees all of the tensor sees the change, who sees a part of it must not be read."""
+        sharing = self._sharing[changed.untyped_storage()._cdata]
+        for tensor in [t for t in self._alive if id(t) in sharing and t is not changed]:
+            if node.level == STATIC and self._of_tensor[id(tensor)].level == STATIC:
+                self._of_tensor[id(tensor)] = self.static(tensor.detach().clone())
+            elif tensor.is_contiguous() and changed.is_contiguous() and tensor.numel() == changed.numel():
+                args = (node, list(tensor.shape))
+                self._of_tensor[id(tensor)] = self._node(torch.reshape, args, {}, node.level, tensor)
+            else:
+                self._stale.add(id(tensor))
+
+    def _functional(self, op: Callable, args: tuple) -> Callable:
         """The operation that returns what `op` writes in place."""
-        if changed != [0] or self._sharing[args[0].untyped_storage()._cdata] > 1:
-            raise NotLinear(f"{op} changes a tensor in place that others may see")
-        packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+        changed = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if changed != [0]:
+            raise NotLinear(f"{op} writes into its arguments")
+        packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
         if packet is None or op._overloadname not in packet.overloads():
             raise NotLinear(f"{op} works in place")
         return getattr(packet, op._overloadname)
@@ -176,11 +222,17 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
             node = self._tape._of(args[0])
-            if node.level < LINEAR:
+            if node.level < LINEAR and node.value.data_ptr() == args[0].data_ptr():
                 node.value = args[0].clone()  # what it was remains a constant of its own
         out = func(*args, **kwargs)
         self._tape._append(func, args, kwargs, out)
         return out
+
+
+def _repeats_layout(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    if list(size) != list(x.shape) or offset not in (None, x.storage_offset()):
+        return False
+    return all(n == 1 or s == t for n, s, t in zip(size, stride, x.stride(), strict=True))
 
 
 def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:

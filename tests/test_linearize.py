@@ -73,15 +73,15 @@ def sampled(x):
 
 
 MODELS = {  # and the engine that "auto" is to find
-    "convolutional": (lambda: small_model(), "functional"),
-    "attention": (lambda: Attention().double().eval(), "functional"),
-    "instance norm in training mode": (lambda: nn.InstanceNorm2d(2).double(), "functional"),
-    "no batching rule": (lambda: nn.Mish(), "functional"),
+    "convolutional": (lambda: small_model(), "traced"),
+    "attention": (lambda: Attention().double().eval(), "traced"),
+    "instance norm in training mode": (lambda: nn.InstanceNorm2d(2).double(), "traced"),
+    "no batching rule": (lambda: nn.Mish(), "traced"),
     "old custom function": (lambda: Exp.apply, "double_backward"),
     "checkpoint": (lambda: checkpointed, "double_backward"),
     "no forward mode": (lambda: sampled, "double_backward"),
-    "compiled": (lambda: torch.compile(small_model(), backend="eager"), "functional"),
-    "traced": (lambda: torch.jit.trace(nn.Softplus(), small_image()), "functional"),
+    "compiled": (lambda: torch.compile(small_model(), backend="eager"), "traced"),
+    "traced": (lambda: torch.jit.trace(nn.Softplus(), small_image()), "traced"),
 }
 
 
@@ -118,17 +118,19 @@ def test_flags_are_restored_after_an_exception():
 
 def test_engine_report_says_why():
     lin = linearize(small_image(), Exp.apply)
-    assert len(lin.engine_report) == 2 and lin.engine_report[0].startswith("functional: rejected, In order to use")
+    tried = [line.split(", ")[0] for line in lin.engine_report]
+    assert tried == ["traced: rejected", "functional: rejected", "double_backward: in use"]
+    assert all("In order to use" in line for line in lin.engine_report[:2])
     with pytest.raises(RuntimeError, match="can't differentiate this model as it has to be: functional: rejected, In"):
         linearize(small_image(), Exp.apply, engine="functional")
     with pytest.raises(
-        ValueError, match="engine must be 'auto' or one of 'functional', 'double_backward', got 'traced'"
+        ValueError, match="engine must be 'auto' or one of 'traced', 'functional', 'double_backward', got 'magic'"
     ):
-        linearize(small_image(), Exp.apply, engine="traced")
+        linearize(small_image(), Exp.apply, engine="magic")
 
 
 def test_blocks_without_a_batching_rule_warn_nobody(recwarn):
-    lin = linearize(small_image(), nn.Mish())
+    lin = linearize(small_image(), nn.Mish(), engine="functional")
     lin.jvp(torch.ones(3, *lin.image_shape, dtype=torch.float64))
     assert lin.chunk_size == 1 and not recwarn.list
 
