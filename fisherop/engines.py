@@ -111,9 +111,17 @@ class _Program:
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
         key = direction, len(block)
-        if key not in self._blocks:
-            self._blocks[key] = self._vectorised(self.single[direction], constants, block)
-        return self._blocks[key](block, *constants)[0]
+        if key in self._blocks:
+            return self._blocks[key](block, *constants)[0]
+        program = self._vectorised(self.single[direction], constants, block)
+        out = program(block, *constants)[0]
+        if len(block) > 1:
+            one = self.product(direction, constants, block[-1:])
+            tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
+            if not ((out[-1:] - one).abs() <= tolerance).all():
+                raise RuntimeError(f"{len(block)} products at once differ from single ones: use chunk_size=1")
+        self._blocks[key] = program
+        return out
 
     @staticmethod
     def _vectorised(single: Callable[..., tuple], constants: list[Tensor], block: Tensor) -> Callable[..., tuple]:

@@ -151,12 +151,15 @@ class Tape:
                 self.reads_image = self.reads_image or level == IMAGE
             if not tensors:
                 return
-        if op in _COPIES or (op is aten.as_strided.default and _repeats_layout(*args)):
-            self._remember(out, nodes[0][0])
-            return
+        if op in _COPIES or op is aten.as_strided.default:
+            if _same_layout(args[0], out):
+                self._remember(out, nodes[0][0])
+                return
         changes = op._schema.is_mutable
         if op in _VIEWS:  # a view may not fit where a copy before it is left out
             op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
+        elif op is aten.clone.default and out.is_contiguous():
+            op, nodes = Tensor.contiguous, ((nodes[0][0],), {})
         elif op is aten.as_strided.default:
             op, nodes = self._as_strided(args[0], nodes[0], out)
         elif changes:
@@ -229,10 +232,11 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _repeats_layout(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
-    if list(size) != list(x.shape) or offset not in (None, x.storage_offset()):
+def _same_layout(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of the same elements have them in the same order."""
+    if x.shape != y.shape or (x._is_view() and y._is_view() and x.storage_offset() != y.storage_offset()):
         return False
-    return all(n == 1 or s == t for n, s, t in zip(size, stride, x.stride(), strict=True))
+    return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
 def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:

@@ -1,0 +1,252 @@
+"""What one product (one J v, one Jᵀu) costs, in plain forward passes of the model: FLOPs, time, peak memory.
+
+Every engine of fisherop, plain `torch.func`, and, where installed, plenoptic's and curvlinops' products, side by side
+in one process, float32. Prints a Markdown table and writes ``products.json``, also what building and the second image
+cost. ResNet18, VGG16, ViT-B/16 and ConvNeXt-tiny need torchvision; weights are random.
+
+    python benchmarks/products.py [--sizes 128 224] [--threads 1 2] [--models NAME ...] [--engines NAME ...]
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fisherop import LayerResponse, linearize
+from fisherop.linearize import _differentiable_attention
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+from models import OnOff
+
+ENGINES = ("traced", "functional", "double_backward")
+
+
+class Flops(TorchDispatchMode):
+    """Counts by PyTorch's own formulas; a multiplication with a constant image of ones counts nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(run: Callable[[], object]) -> int:
+    with Flops() as counter:
+        run()
+    return counter.total
+
+
+def models(size: int) -> dict[str, Callable[[], nn.Module]]:
+    found: dict[str, Callable[[], nn.Module]] = {}
+    if importlib.util.find_spec("torchvision"):
+        import torchvision.models as tv
+
+        for layer in ("maxpool", "layer1", "layer2.0", "layer4"):
+            found[f"ResNet18 {layer}"] = lambda layer=layer: LayerResponse(tv.resnet18(), layer)
+        found["VGG16 features.11"] = lambda: LayerResponse(tv.vgg16(), "features.11")
+        found["ViT-B/16"] = lambda: with_random_head(tv.vit_b_16(image_size=size), "heads.head")
+        found["ConvNeXt-tiny"] = tv.convnext_tiny
+    found["On–Off"] = OnOff
+    return found
+
+
+def with_random_head(model: nn.Module, name: str) -> nn.Module:
+    nn.init.normal_(model.get_submodule(name).weight, std=0.02)
+    return model
+
+
+class AtImage(nn.Module):
+    """A model whose one parameter is the image, for curvlinops."""
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(image.clone())
+        self.respond = lambda x: model(x.clone()).reshape(1, -1)
+
+    def forward(self, _: Tensor) -> Tensor:
+        with _differentiable_attention():
+            return self.respond(self.x)
+
+
+def ours(engine: str) -> Callable:
+    def build(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
+        lin = linearize(image, model, engine=engine)
+        return lin.jvp, lin.vjp
+
+    return build
+
+
+def torch_func(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
+    def respond(x: Tensor) -> Tensor:
+        with _differentiable_attention():
+            return model(x.clone()).reshape(-1)
+
+    def jvp(block: Tensor) -> Tensor:
+        return torch.func.vmap(lambda v: torch.func.jvp(respond, (image,), (v,))[1])(block)
+
+    def vjp(block: Tensor) -> Tensor:
+        return torch.func.vmap(lambda u: torch.func.vjp(respond, image)[1](u)[0])(block)
+
+    def one_jvp(block: Tensor) -> Tensor:
+        return torch.func.jvp(respond, (image,), (block[0],))[1][None] if len(block) == 1 else jvp(block)
+
+    def one_vjp(block: Tensor) -> Tensor:
+        return torch.func.vjp(respond, image)[1](block[0])[0][None] if len(block) == 1 else vjp(block)
+
+    return one_jvp, one_vjp
+
+
+def plenoptic(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
+    from plenoptic._synthesize import autodiff
+
+    with torch.enable_grad(), _differentiable_attention():
+        x = image.reshape(-1, 1).clone().requires_grad_()
+        y = model(x.reshape(image.shape)).reshape(-1, 1)
+    dummy = torch.ones_like(y, requires_grad=True)
+
+    def jvp(block: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return autodiff._jacobian_vector_product(y, x, block.flatten(1).T, dummy).T.detach()
+
+    def vjp(block: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return autodiff._vector_jacobian_product(y, x, block.T, detach=True).T.reshape(-1, *image.shape)
+
+    return jvp, vjp
+
+
+def curvlinops(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
+    from curvlinops import JacobianLinearOperator, TransposedJacobianLinearOperator
+
+    at, nothing = AtImage(model, image), [(torch.zeros(1, 1), torch.zeros(1, 1))]
+    forward = JacobianLinearOperator(at, [at.x], nothing, check_deterministic=False)
+    backward = TransposedJacobianLinearOperator(at, [at.x], nothing, check_deterministic=False)
+    return (
+        lambda block: (forward @ block.flatten(1).T).T,
+        lambda block: (backward @ block.T).T.reshape(-1, *image.shape),
+    )
+
+
+def products() -> dict[str, Callable]:
+    """Builders of (jvp, vjp) on blocks."""
+    others = {"plenoptic": plenoptic, "curvlinops": curvlinops}
+    return {
+        **{name: ours(name) for name in ENGINES},
+        "torch.func": torch_func,
+        **{name: build for name, build in others.items() if importlib.util.find_spec(name)},
+    }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratio(run: Callable[[], object], forward: Callable[[], object], budget: float = 4.0) -> float:
+    """The median over pairs of the time of `run` in forward passes."""
+    run()
+    forward()
+    pairs, start = [], time.perf_counter()
+    while len(pairs) < 3 or (len(pairs) < 15 and time.perf_counter() - start < budget):
+        pairs.append(seconds(run) / min(seconds(forward) for _ in range(2)))
+    return statistics.median(pairs)
+
+
+def peak(run: Callable[[], object]) -> float:
+    """MiB by which the process grows while `run` runs; Linux only."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        run()
+        return (memory("VmHWM") - before) / 1024
+    except OSError:
+        return math.nan
+
+
+def memory(what: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def measure(name: str, build: Callable[[], nn.Module], size: int, threads: int, engines: list[str]) -> list[dict]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = build().eval()
+    channels = 1 if name == "On–Off" else 3
+    image = torch.rand(1, channels, size, size)
+    rows = []
+    with torch.no_grad():
+        response = model(image)
+        forward_flops = flops(lambda: model(image))
+        v, u = torch.randn(8, *image.shape), torch.randn(8, response.numel())
+        truth = None
+        for engine, make in products().items():
+            if engine not in engines:
+                continue
+            row = {"model": name, "size": size, "threads": threads, "engine": engine}
+            try:
+                built = []
+                row["build"] = seconds(lambda: built.append(make(image, model))) / seconds(lambda: model(image))
+                jvp, vjp = built.pop()
+                truth = jvp(v[:1]) if truth is None else truth
+                row["difference"] = float((jvp(v[:1]) - truth).norm() / truth.norm())
+                for k in (1, 8):
+                    block = (jvp, v[:k]), (vjp, u[:k])
+                    for _, (f, b) in zip("ab", block, strict=True):
+                        f(b)
+                    row[f"flops_{k}"] = sum(flops(lambda f=f, b=b: f(b)) for f, b in block) / k / forward_flops
+                    row[f"time_{k}"] = sum(ratio(lambda f=f, b=b: f(b), lambda: model(image)) for f, b in block) / k
+                del jvp, vjp, block, built
+                row["peak_mib"] = peak(lambda: [f(b) for f, b in zip(make(image, model), (v[:1], u[:1]), strict=True)])
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                row["error"] = str(error).splitlines()[0][:120]
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict) -> str:
+    cells = [row["model"], f"{row['size']}²", row["threads"], row["engine"]]
+    if "error" in row:
+        return f"| {' | '.join(map(str, cells))} | {row['error']} |"
+    cells += [f"{row[key]:.2f}" for key in ("flops_1", "time_1", "flops_8", "time_8")]
+    cells += [f"{row['build']:.0f}", f"{row['peak_mib']:.0f}", f"{row['difference']:.0e}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--engines", nargs="+", default=list(products()))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("products.json"))
+    options = parser.parse_args()
+    print("FLOPs and time per product and vector, in forward passes; building in forward passes; memory in MiB.\n")
+    print("| model | image | threads | engine | FLOPs | time | FLOPs, k = 8 | time, k = 8 | build | peak | difference |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for threads in options.threads:
+        for size in options.sizes:
+            for name, build in models(size).items():
+                if options.models is None or name in options.models:
+                    rows += measure(name, build, size, threads, options.engines)
+                    options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
