@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fisherop.engines import ENGINES, Traced
 
 _LOG = logging.getLogger(__name__)
-_BLOCK_BYTES = 2**30  # activations that one block of products may hold, by default
+_BLOCK_BYTES = 2**28  # that a block of products may compute on its way, by default: larger ones leave the cache
 _MAX_CHUNK = 64
 
 
@@ -40,7 +40,7 @@ def linearize(
         operations that have no forward mode. ``"auto"``: the first, or the second where PyTorch refuses it.
     chunk_size : int, optional
         How many products go through the model at a time. By default as many as keep the activations of a block
-        within 1 GiB, at most 64.
+        within 256 MiB, at most 64.
 
     Returns
     -------

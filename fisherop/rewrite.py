@@ -29,7 +29,7 @@ def simplify(tape: Tape, out: Node) -> Node:
 
 def lower(tape: Tape, out: Node) -> Node:
     """An equal node whose operations are those that compute it fastest, at the shapes of this tape."""
-    return _rewrite(tape, _rewrite(tape, out, _CLEAN), {aten.convolution.default: _lower_convolution})
+    return _rewrite(tape, _rewrite(tape, out, _CLEAN), _LOWER)
 
 
 def _rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
@@ -290,15 +290,42 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
     if not _wants_nhwc(node) or weight.level != STATIC:
         return None
-    n, channels, *size = node.value.shape
+    _, channels, *size = node.value.shape
     if transposed and groups == 1 and channels <= _FEW_CHANNELS:
         stride, padding, dilation = (_each(t, 2) for t in (stride, padding, dilation))
         kernel = list(weight.value.shape[2:])
         matrix = tape.constant(torch.t, tape.constant(torch.reshape, weight, [weight.value.shape[0], -1]))
-        x = tape.linear(x.value.flatten(2), torch.reshape, x, [n, weight.value.shape[0], -1])
-        columns = tape.linear(torch.matmul(matrix.value[:, :0], x.value[:, :0]), torch.matmul, matrix, x)
-        return tape.linear(node.value, aten.col2im.default, columns, size, kernel, dilation, padding, stride)
+        return tape.linear(node.value, _convolve_transposed, matrix, x, size, kernel, dilation, padding, stride)
     return tape.linear(node.value, node.op, tape.linear(x.value, _nhwc, x), *args[1:])
+
+
+def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
+    """A matrix product and a sum over windows, one vector at a time, so that what is between them stays in the cache."""
+    return torch.cat([aten.col2im.default(matrix @ one.flatten(2), *geometry) for one in x.split(1)])
+
+
+def _lower_max_pool_backward(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """One vector at a time, since a block would take copies of the constants, one for each vector."""
+    g, x, *geometry, indices = args
+    x, indices = (_before_expansion(a) for a in (x, indices))
+    if not _is_linear(g) or len(g.value) == 1 or not (len(x.value) == len(indices.value) == 1):
+        return None
+    return tape.linear(node.value, _unpool, g, x, *geometry, indices)
+
+
+def _before_expansion(x: Node) -> Node:
+    """The constant that was repeated for each vector of a block."""
+    shape = [1, *x.value.shape[1:]]
+    at = x
+    while at.level < LINEAR and at.op in (aten.expand.default, torch.reshape, Tensor.contiguous):
+        at = at.args[0]
+        if list(at.value.shape) == shape:
+            return at
+    return x
+
+
+def _unpool(g: Tensor, *args: Any) -> Tensor:
+    return torch.cat([aten.max_pool2d_with_indices_backward.default(one, *args) for one in g.split(1)])
 
 
 _CLEAN: dict[Callable, Rule] = {
@@ -340,4 +367,8 @@ _KEEP_LAYOUT = {
     aten.max_pool2d_with_indices_backward.default,
     aten.avg_pool2d_backward.default,
     aten.avg_pool2d.default,
+}
+_LOWER: dict[Callable, Rule] = {
+    aten.convolution.default: _lower_convolution,
+    aten.max_pool2d_with_indices_backward.default: _lower_max_pool_backward,
 }

@@ -151,10 +151,9 @@ class Tape:
                 self.reads_image = self.reads_image or level == IMAGE
             if not tensors:
                 return
-        if op in _COPIES or op is aten.as_strided.default:
-            if _same_layout(args[0], out):
-                self._remember(out, nodes[0][0])
-                return
+        if (op in _COPIES or (op.is_view and isinstance(out, Tensor))) and _same_layout(args[0], out):
+            self._remember(out, nodes[0][0])
+            return
         changes = op._schema.is_mutable
         if op in _VIEWS:  # a view may not fit where a copy before it is left out
             op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
@@ -234,7 +233,7 @@ class _Recorder(TorchDispatchMode):
 
 def _same_layout(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of the same elements have them in the same order."""
-    if x.shape != y.shape or (x._is_view() and y._is_view() and x.storage_offset() != y.storage_offset()):
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.layout != y.layout:
         return False
     return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 

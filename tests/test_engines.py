@@ -1,0 +1,355 @@
+import gc
+import logging
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, Flops, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from fisherop import engines, linearize
+from fisherop.engines import ENGINES, Traced
+
+
+class Skip(nn.Module):
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = nn.Sequential(*inner)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Gate(nn.Module):
+    """Squeeze and excite: channels scaled by what they are."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x * self.linear(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.bias = nn.Parameter(torch.ones(3 * channels))
+
+    def forward(self, x):
+        bias = self.bias.clone()
+        bias[: x.shape[1]].zero_()  # in place, through a view, as swin does
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        qkv = (functional.linear(tokens, self.qkv.weight) + bias).unflatten(-1, (3, -1)).permute(2, 0, 1, 3)
+        out = functional.scaled_dot_product_attention(*qkv)
+        return x + out.transpose(1, 2).reshape(x.shape)
+
+
+class Fill(nn.Module):
+    """Writes into a new tensor, part by part."""
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        out[:, ::2] = x[:, ::2].tanh()
+        out[:, 1::2] = x[:, 1::2].flip(-1)
+        out[:, :1].mul_(x[:, -1:])
+        return out
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+C = 4
+LAYERS = {
+    "conv": lambda: nn.Conv2d(C, C, 3, padding=1),
+    "strided": lambda: nn.Conv2d(C, C, 3, stride=2, padding=1),
+    "depthwise": lambda: nn.Conv2d(C, C, (5, 1), padding=(2, 0), groups=C),
+    "dilated": lambda: nn.Conv2d(C, C, 2, dilation=2, padding=1, bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(C, C, 3, stride=2, output_padding=1, groups=2),
+    "1d": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(C, C, 3, padding=1), Call(lambda x: x[..., None])),
+    "conv norm relu": lambda: nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU(inplace=True)),
+    "norm conv": lambda: nn.Sequential(nn.BatchNorm2d(C), nn.Conv2d(C, C, 1)),
+    "norm transposed norm": lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ConvTranspose2d(C, C, 2), nn.BatchNorm2d(C)),
+    "norm twice": lambda: nn.Sequential(nn.BatchNorm2d(C), nn.BatchNorm2d(C, affine=False)),
+    "residual block": lambda: Skip(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU(inplace=True)),
+    "group norm": lambda: nn.GroupNorm(2, C),
+    "instance norm": lambda: nn.InstanceNorm2d(C, affine=True),
+    "attention": lambda: SelfAttention(C),
+    "gate": lambda: Gate(C),
+    "fill": lambda: Fill(),
+    "max pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "average pool": lambda: nn.AvgPool2d(2, ceil_mode=True),
+    "adaptive pool": lambda: nn.AdaptiveAvgPool2d(3),
+    "upsample": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "pad": lambda: nn.ReflectionPad2d((1, 0, 0, 1)),
+    "gelu": lambda: nn.GELU(),
+    "tanh gelu": lambda: nn.GELU("tanh"),
+    "softplus": lambda: nn.Softplus(beta=2),
+    "elu": lambda: nn.ELU(inplace=True),
+    "leaky": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "hardtanh": lambda: nn.ReLU6(),
+    "mish": lambda: nn.Mish(),
+    "norm of pixel": lambda: Call(lambda x: functional.normalize(x, dim=1, eps=1e-3)),
+    "divide": lambda: Call(lambda x: x / (1 + x.square().mean((2, 3), keepdim=True)).sqrt()),
+    "shuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * C, C, 1)),
+    "channels last": lambda: Call(lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "permuted linear": lambda: nn.Sequential(
+        Call(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(C, C), Call(lambda x: x.permute(0, 3, 1, 2))
+    ),
+    "roll and cat": lambda: Call(lambda x: torch.cat([x[:, 2:].roll(1, -1), x[:, :2] - x[:, 2:]], 1)),
+    "softmax": lambda: Call(lambda x: 3 * x.softmax(1)),
+    "where": lambda: Call(lambda x: torch.where(x > 0, x.square(), -0.5 * x)),
+    "einsum": lambda: Call(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None]),
+}
+
+
+class Net(nn.Module):
+    """Layers in a row; the response is the last layer's output, with a mean of each one's if `several`."""
+
+    def __init__(self, names, seed, several):
+        super().__init__()
+        self.several = several
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList([nn.Conv2d(3, C, 3, padding=1), *(LAYERS[name]() for name in names)])
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.normal_(module.running_mean)
+                    nn.init.uniform_(module.running_var, 0.5, 2)
+                    if module.affine:
+                        nn.init.normal_(module.weight)
+
+    def forward(self, x):
+        means = []
+        for layer in self.layers:
+            x = layer(x)
+            means.append(x.mean())
+        return {"last": x, "means": means} if self.several else x
+
+
+def net(names, seed=0, several=False, dtype=torch.float64):
+    return Net(names, seed, several).eval().to(dtype)
+
+
+def image(dtype=torch.float64, seed=1, size=(6, 8)):
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def dense(model, x):
+    """The Jacobian in float64 by reverse mode, row by row."""
+
+    def flat(x):
+        out = model(x.clone())
+        return torch.cat([t.flatten() for t in [out["last"], *out["means"]]]) if model.several else out.flatten()
+
+    return torch.autograd.functional.jacobian(flat, x).reshape(-1, x.numel())
+
+
+def check_products(lin, truth, dtype):
+    generator = torch.Generator().manual_seed(2)
+    for k in (1, 3):
+        v = torch.randn(k, *lin.image_shape, generator=generator, dtype=dtype)
+        u = torch.randn(k, lin.response_size, generator=generator, dtype=dtype)
+        jv, jtu = lin.jvp(v), lin.vjp(u)
+        assert_close(jv, v.flatten(1).double() @ truth.T, dtype, factor=1e4)
+        assert_close(jtu.flatten(1), u.double() @ truth, dtype, factor=1e4)
+        assert torch.equal(jv, lin.jvp(v)) and torch.equal(jtu, lin.vjp(u)), "the same bits again"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_is_traced(name, dtype):
+    names = ["softplus", name, "softplus"]
+    model = net(names, several=True, dtype=dtype)
+    lin = linearize(image(dtype), model, engine="traced")
+    check_products(lin, dense(net(names, several=True), image()), dtype)
+    other = linearize(image(dtype, seed=5), model)  # by the same program
+    assert "by the program of an earlier image" in other.engine_report[-1]
+    check_products(other, dense(net(names, several=True), image(seed=5)), dtype)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=25, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(sorted(set(LAYERS) - {"einsum"})), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+    several=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_random_networks_match_dense_autograd(engine, names, seed, several, dtype):
+    names = ["softplus", *names]  # after which no pixel sits on the kink of an activation
+    model = net(names, seed, several, dtype)
+    lin = linearize(image(dtype), model, engine=engine)
+    check_products(lin, dense(net(names, seed, several), image()), dtype)
+
+
+CONVOLUTIONAL = ["conv norm relu", "max pool", "residual block", "strided", "conv norm relu"]
+
+
+@pytest.mark.parametrize(("names", "limit"), [(CONVOLUTIONAL, 2.0), (["depthwise", "permuted linear", "gelu"], 2.0)])
+def test_a_product_costs_two_forward_passes(names, limit):
+    model, x = net(names, dtype=torch.float32), image(torch.float32, size=(16, 16))
+    lin = linearize(x, model)
+    forward = Flops.of(lambda: model(x))
+    for k in (1, 3):
+        v, u = torch.ones(k, *x.shape), torch.ones(k, lin.response_size)
+        lin.jvp(v), lin.vjp(u)  # the first block of a size is checked
+        assert Flops.of(lambda v=v: lin.jvp(v)) + Flops.of(lambda u=u: lin.vjp(u)) <= limit * k * forward
+
+
+def test_the_next_image_costs_eight_forward_passes():
+    model = net(CONVOLUTIONAL, dtype=torch.float32)
+    linearize(image(torch.float32), model)
+    cost = Flops.of(lambda: linearize(image(torch.float32, seed=3), model))
+    assert cost <= 8 * Flops.of(lambda: model(image(torch.float32)))
+
+
+def test_memory_is_less_than_autograds():
+    model, x = net(CONVOLUTIONAL, dtype=torch.float32), image(torch.float32, size=(64, 64))
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x.clone().requires_grad_())
+    assert 0 < sum(linearize(x, model)._engine.held_bytes) <= sum(saved.values())
+
+
+def test_a_program_goes_with_its_model():
+    model = net(["conv", "gelu"])
+    linearize(image(), model)
+    program = weakref.ref(engines._PROGRAMS[model][1])
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and program() is None
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.layers[0].weight.mul_(2)
+
+
+def change_behind_the_back(model):
+    model.layers[0].weight.data.mul_(2)  # PyTorch counts no version here; the check has to see it
+
+
+def replace(model):
+    model.layers[0].weight = nn.Parameter(model.layers[0].weight.detach() * 2)
+
+
+def change_flag(model):
+    model.layers[1].beta = 5.0
+
+
+def change_hook(model):
+    model.layers[1].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_behind_the_back, replace, change_flag, change_hook])
+def test_a_changed_model_gets_a_new_program(change):
+    model = net(["softplus", "conv"])
+    before = linearize(image(), model)
+    change(model)
+    after = linearize(image(), model)
+    assert "traced: in use, 64 vectors" in after.engine_report[-1]
+    assert (change is change_behind_the_back) == ("the program of an earlier image is rejected" in after.engine_report[0])
+    check_products(after, dense(model, image()), torch.float64)
+    v = torch.ones(1, *after.image_shape, dtype=torch.float64)
+    assert not torch.allclose(before.jvp(v), after.jvp(v))
+
+
+@pytest.mark.parametrize("seen", [lambda x: x.mean() > 0.5, lambda x: float(x.mean()) > 0.5])
+def test_a_program_that_followed_the_image_is_for_that_image_alone(seen):
+    class Branches(nn.Module):
+        several = False
+
+        def forward(self, x):
+            return x.sin() if seen(x) else x.cos()
+
+    model = Branches()
+    for x in (image() / 2, image() / 2 + 0.5):
+        lin = linearize(x, model, engine="traced")
+        assert "earlier" not in lin.engine_report[-1]
+        check_products(lin, dense(model, x), torch.float64)
+
+
+def test_a_branch_that_python_hides_is_found_by_the_check():
+    class Hidden(nn.Module):
+        several = False
+
+        def forward(self, x):
+            with torch.no_grad():
+                bright = float(sum(self.plain.tolist())) > 0.5
+            return x.sin() if bright else x.cos()
+
+    model = Hidden()
+    for value in (0.0, 1.0):
+        model.plain = torch.tensor([value])  # of the image, say, but computed elsewhere
+        lin = linearize(image(), model)
+        check_products(lin, dense(model, image()), torch.float64)
+
+
+class Wrong(Traced):
+    """J v off by 4 % in a direction that the adjoint identity does not see, as torch.func.linearize was on swin_t."""
+
+    def jvp(self, tangents):
+        jv = super().jvp(tangents)
+        across = torch.roll(jv, 1, 1)
+        across -= (across * jv).sum(1, keepdim=True) / (jv * jv).sum(1, keepdim=True) * jv
+        return jv + 0.04 * across
+
+
+class WrongBackward(Traced):
+    def vjp(self, cotangents):
+        jtu = super().vjp(cotangents)
+        jtu[..., 0, 0] *= 1.0001
+        return jtu
+
+
+class Drifting(Traced):
+    """The first product is right, later ones are not: what a constant does that is changed in place."""
+
+    calls = 0
+
+    def jvp(self, tangents):
+        self.calls += 1
+        return super().jvp(tangents) * (1 if self.calls == 1 else 1 + 1e-15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [(Wrong, "its J v differs from PyTorch's by 4"), (WrongBackward, "its Jᵀu differs"), (Drifting, "not the same when")],
+)
+def test_a_wrong_engine_is_rejected(monkeypatch, caplog, wrong, why):
+    monkeypatch.setitem(ENGINES, "traced", wrong)
+    model = net(["conv", "gelu", "conv"])
+    with caplog.at_level(logging.INFO, logger="fisherop"):
+        lin = linearize(image(), model)
+    assert lin.engine_report[0].startswith("traced: rejected") and why in lin.engine_report[0]
+    assert lin.engine_report[-1].startswith("functional: in use") and why in caplog.text
+    check_products(lin, dense(model, image()), torch.float64)
+    with pytest.raises(RuntimeError, match=why):
+        linearize(image(), net(["conv", "gelu", "conv"]), engine="traced")
+
+
+def test_a_model_of_inference_tensors():
+    with torch.inference_mode():
+        model = net(["conv", "gelu"])
+    lin = linearize(image(), model)
+    np.testing.assert_allclose(lin.response.flatten(), net(["conv", "gelu"])(image()).detach().flatten())
+    check_products(lin, dense(net(["conv", "gelu"]), image()), torch.float64)
