@@ -111,23 +111,26 @@ class _Program:
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
         key = direction, len(block)
-        if key in self._blocks:
-            return self._blocks[key](block, *constants)[0]
-        program = self._vectorised(self.single[direction], constants, block)
-        out = program(block, *constants)[0]
-        if len(block) > 1:
-            one = self.product(direction, constants, block[-1:])
-            tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
-            if not ((out[-1:] - one).abs() <= tolerance).all():
-                raise RuntimeError(f"{len(block)} products at once differ from single ones: use chunk_size=1")
-        self._blocks[key] = program
-        return out
+        if key not in self._blocks:
+            generator = torch.Generator().manual_seed(0)
+            trial = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
+            program = self._vectorised(self.single[direction], constants, trial)
+            if len(block) > 1:
+                self._check(program, direction, constants, trial)
+            self._blocks[key] = program
+        return self._blocks[key](block, *constants)[0]
+
+    def _check(self, program: Callable[..., tuple], direction: str, constants: list[Tensor], trial: Tensor) -> None:
+        last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
+        tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
+        if ((last - one).abs() > tolerance).any():
+            raise RuntimeError(f"{len(trial)} products at once differ from single ones: use chunk_size=1")
 
     @staticmethod
-    def _vectorised(single: Callable[..., tuple], constants: list[Tensor], block: Tensor) -> Callable[..., tuple]:
+    def _vectorised(single: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
         tape = Tape()
-        inputs = [tape.input(block, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
-        out = lower(tape, tape.record(lambda: _batched(lambda one: single(one, *constants)[0], block)))
+        inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
+        out = lower(tape, tape.record(lambda: _batched(lambda one: single(one, *constants)[0], trial)))
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 

@@ -317,6 +317,11 @@ def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
                 f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
                 "response is random or depends on its history: call model.eval() first"
             )
+    if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "
+            "use torch.no_grad there"
+        )
     state = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
     for what, own, theirs in (
         ("device", image.device, {t.device for t in state}),

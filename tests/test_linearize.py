@@ -218,6 +218,15 @@ def test_repeated_products_give_the_same_bits():
     assert all(torch.equal(first, lin.jvp(v)) for _ in range(3))
 
 
+def test_a_model_of_inference_tensors_is_refused():
+    with torch.inference_mode():
+        model = nn.Conv2d(2, 2, 3).double()
+        image = small_image()
+    with pytest.raises(ValueError, match=r"model was made under torch\.inference_mode.*make it outside"):
+        linearize(small_image(), model)
+    assert linearize(image, small_model()).image_size == 48, "the image is copied"
+
+
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()
