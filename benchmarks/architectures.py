@@ -15,10 +15,25 @@ from fisherop import linearize
 
 STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 SIZES = {"inception_v3": 299}
-TORCHVISION = (
-    "alexnet vgg11_bn resnet18 squeezenet1_1 densenet121 googlenet mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 "
-    "efficientnet_b0 regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t inception_v3"
-).split()
+TORCHVISION = [
+    "alexnet",
+    "vgg11_bn",
+    "resnet18",
+    "squeezenet1_1",
+    "densenet121",
+    "googlenet",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+    "swin_v2_t",
+    "maxvit_t",
+    "inception_v3",
+]
 
 
 class Output(nn.Module):
@@ -55,7 +70,7 @@ def models() -> dict:
 
 
 def with_nonzero_weights(model: nn.Module) -> nn.Module:
-    """Heads and layer scales that are initialised to zero or nearly so are drawn at random, or the Jacobian vanishes."""
+    """Matrices that are initialised to zero or nearly so are drawn at random, or the Jacobian vanishes."""
     with torch.no_grad():
         for p in model.parameters():
             if float(p.abs().max()) < 1e-4 and p.ndim > 1:

@@ -5,14 +5,18 @@ in one process, float32. Prints a Markdown table and writes ``products.json``, a
 cost. ResNet18, VGG16, ViT-B/16 and ConvNeXt-tiny need torchvision; weights are random.
 
     python benchmarks/products.py [--sizes 128 224] [--threads 1 2] [--models NAME ...] [--engines NAME ...]
+    python benchmarks/products.py --cold
 """
 
 import argparse
+import ctypes
+import functools
 import importlib.util
 import json
 import math
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -172,7 +176,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(run: Callable[[], object], forward: Callable[[], object], budget: float = 4.0) -> float:
+def ratio(run: Callable[[], object], forward: Callable[[], object], budget: float = 2.0) -> float:
     """The median over pairs of the time of `run` in forward passes."""
     run()
     forward()
@@ -185,11 +189,12 @@ def ratio(run: Callable[[], object], forward: Callable[[], object], budget: floa
 def peak(run: Callable[[], object]) -> float:
     """MiB by which the process grows while `run` runs; Linux only."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
         run()
         return (memory("VmHWM") - before) / 1024
-    except OSError:
+    except (OSError, AttributeError):
         return math.nan
 
 
@@ -202,37 +207,46 @@ def measure(name: str, build: Callable[[], nn.Module], size: int, threads: int, 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = build().eval()
-    channels = 1 if name == "On–Off" else 3
-    image = torch.rand(1, channels, size, size)
-    rows = []
+    image, other = torch.rand(2, 1, 1 if name == "On–Off" else 3, size, size)
+    rows, truth = [], None
     with torch.no_grad():
-        response = model(image)
-        forward_flops = flops(lambda: model(image))
-        v, u = torch.randn(8, *image.shape), torch.randn(8, response.numel())
-        truth = None
+        v, u = torch.randn(8, *image.shape), torch.randn(8, model(image).numel())
         for engine, make in products().items():
             if engine not in engines:
                 continue
             row = {"model": name, "size": size, "threads": threads, "engine": engine}
             try:
-                built = []
-                row["build"] = seconds(lambda: built.append(make(image, model))) / seconds(lambda: model(image))
-                jvp, vjp = built.pop()
-                truth = jvp(v[:1]) if truth is None else truth
-                row["difference"] = float((jvp(v[:1]) - truth).norm() / truth.norm())
-                for k in (1, 8):
-                    block = (jvp, v[:k]), (vjp, u[:k])
-                    for f, b in block:
-                        f(b)  # the first block of a size costs more
-                    row[f"flops_{k}"] = sum(flops(lambda f=f, b=b: f(b)) for f, b in block) / k / forward_flops
-                    row[f"time_{k}"] = sum(ratio(lambda f=f, b=b: f(b), lambda: model(image)) for f, b in block) / k
-                del jvp, vjp, block, built
-                row["peak_mib"] = peak(lambda: [f(b) for f, b in zip(make(image, model), (v[:1], u[:1]), strict=True)])
-            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                truth = cost(row, make, model, image, other, v, u, truth)
+            except (RuntimeError, ValueError, TypeError) as error:
                 row["error"] = str(error).splitlines()[0][:120]
             rows.append(row)
             print(line(row), flush=True)
     return rows
+
+
+def cost(row: dict, make: Callable, model: nn.Module, image: Tensor, other: Tensor, v: Tensor, u: Tensor, truth):
+    """Fill a row; the first row's J v is what the others are compared with."""
+
+    def forward() -> Tensor:
+        return model(image)
+
+    forward_seconds = statistics.median(seconds(forward) for _ in range(5))
+    start = time.perf_counter()
+    pair = make(image, model)
+    row["build"] = (time.perf_counter() - start) / forward_seconds
+    row["build_again"] = seconds(lambda: make(other, model)) / forward_seconds
+    jv = pair[0](v[:1])
+    truth = jv if truth is None else truth
+    row["difference"] = float((jv - truth).norm() / truth.norm())
+    for k in (1, 8):
+        runs = [functools.partial(f, b[:k]) for f, b in zip(pair, (v, u), strict=True)]
+        for run in runs:
+            run()  # the first block of a size costs more
+        row[f"flops_{k}"] = sum(map(flops, runs)) / k / flops(forward)
+        row[f"time_{k}"] = sum(ratio(run, forward) for run in runs) / k
+    del pair, runs, run
+    row["peak_mib"] = peak(lambda: [f(b) for f, b in zip(make(image, model), (v[:1], u[:1]), strict=True)])
+    return truth
 
 
 def line(row: dict) -> str:
@@ -240,8 +254,34 @@ def line(row: dict) -> str:
     if "error" in row:
         return f"| {' | '.join(map(str, cells))} | {row['error']} |"
     cells += [f"{row[key]:.2f}" for key in ("flops_1", "time_1", "flops_8", "time_8")]
-    cells += [f"{row['build']:.0f}", f"{row['peak_mib']:.0f}", f"{row['difference']:.0e}"]
+    cells += [f"{row['build']:.0f}", f"{row['build_again']:.1f}", f"{row['build_again'] + 50 * row['time_1']:.0f}"]
+    cells += [f"{row['peak_mib']:.0f}", f"{row['difference']:.0e}"]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def cold(name: str = "ResNet18 layer2.0", size: int = 128) -> None:
+    """Seconds of `linearize` and 50 products in a fresh process, and the same for the next image, one thread."""
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); from products import *;"
+        f"torch.set_num_threads(1); torch.manual_seed(0); model = models({size})[{name!r}]().eval();"
+        f"x, v = torch.rand(2, 1, 3, {size}, {size}), torch.randn(1, 1, 3, {size}, {size}); model(x[0])\n"
+        "for image in x:\n"
+        "    start = time.perf_counter(); lin = linearize(image, model, engine=sys.argv[1])\n"
+        "    for _ in range(50): lin.vjp(lin.jvp(v))\n"
+        "    print(time.perf_counter() - start, end=' ')"
+    )
+    runs = [
+        [
+            [float(t) for t in subprocess.check_output([sys.executable, "-W", "ignore", "-c", code, engine]).split()]
+            for engine in ("traced", "functional")
+        ]
+        for _ in range(5)
+    ]
+    for i, which in enumerate(("first", "next")):
+        ours, theirs = (statistics.median(run[e][i] for run in runs) for e in (0, 1))
+        pairs = statistics.median(run[0][i] / run[1][i] for run in runs)
+        print(f"{name} at {size}², {which} image, with 50 products:", end=" ")
+        print(f"traced {ours:.2f} s, functional {theirs:.2f} s, ratio {pairs:.2f}")
 
 
 def main() -> None:
@@ -251,9 +291,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--engines", nargs="+", default=list(products()))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("products.json"))
+    parser.add_argument("--cold", action="store_true", help="only the first and the next image, in fresh processes")
     options = parser.parse_args()
-    print("FLOPs and time per product and vector, in forward passes; building in forward passes; memory in MiB.\n")
-    print("| model | image | threads | engine | FLOPs | time | FLOPs, k = 8 | time, k = 8 | build | peak | difference |")
+    if options.cold:
+        return cold()
+    print(
+        "FLOPs and time per product and vector, in forward passes; of building, and of the next image of the same model "
+        "alone and with 50 products; the process's growth in MiB; J v against the first row's.\n"
+    )
+    print(
+        "| model | image | threads | engine | FLOPs | time | FLOPs, k = 8 | time, k = 8 | build | peak | difference |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for threads in options.threads:

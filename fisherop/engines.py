@@ -1,8 +1,8 @@
-"""How products with a Jacobian are made: each engine takes a function of one tensor and the point to differentiate at.
+"""How products with a Jacobian are made: each engine differentiates a function of one tensor at a point.
 
 An engine is made of a function of the image that gives a flat response, the image, and the model that the function
-calls. It has ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``, called
-without gradients being recorded. Where k = 1, nothing is vectorised.
+calls. It has ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They
+are called without gradients being recorded. Where k = 1, nothing is vectorised.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program
 
 
 def _fingerprint(model: nn.Module, image: Tensor) -> Hashable:
-    """What a program depends on beside the image's values: tensors, by their place and version, and plain attributes."""
+    """What a program depends on beside the image's values: tensors by place and version, plain attributes, hooks."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.Size)
     return (

@@ -253,9 +253,9 @@ class Linearization:
         return True
 
     def _check_derivatives(self, v: Tensor, reference: Tensor | None) -> None:
-        """Hold J v to an independent one, if there is one, and to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩, u along J v.
+        """Hold J v to an independent one, if there is one, and to the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩.
 
-        Both products, repeated, must give the same bits.
+        There u is along J v. The same product again must have the same bits.
         """
         jv = self.jvp(v)
         norm = torch.linalg.vector_norm(jv)

@@ -119,10 +119,10 @@ def _same_shape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node |
 def _as_strided_scatter(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """A reshape where it overwrites all of its first argument."""
     base, source, size, stride, *offset = args
-    if offset in ([], [None], [0]) and list(size) == list(source.value.shape) and math.prod(size) == base.value.numel():
-        if base.value.is_contiguous() and list(stride) == list(torch.empty(size, device="meta").stride()):
-            return tape.linear(node.value, torch.reshape, source, list(base.value.shape))
-    return None
+    in_order = list(stride) == list(torch.empty(size, device="meta").stride()) and base.value.is_contiguous()
+    if not in_order or offset not in ([], [None], [0]) or math.prod(size) != base.value.numel():
+        return None
+    return tape.linear(node.value, torch.reshape, source, list(base.value.shape))
 
 
 def _elementwise(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -148,9 +148,9 @@ def _product(tape: Tape, node: Node, x: Node, c: Node) -> Node | None:
         c = c.args[0]
     if torch.broadcast_shapes(x.value.shape, c.value.shape) != x.value.shape or x.value.dtype != node.value.dtype:
         return None
-    if x.op is aten.mul.Tensor and c.level == STATIC and _is_constant(x.args[1]):
-        if x.args[1].level == STATIC and x.args[1].value.shape == c.value.shape:
-            return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, x.args[1], c))
+    first = x.args[1] if x.op is aten.mul.Tensor else None
+    if _is_constant(first) and first.level == c.level == STATIC and first.value.shape == c.value.shape:
+        return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, first, c))
     return tape.linear(node.value, aten.mul.Tensor, x, c)
 
 
@@ -194,7 +194,7 @@ def _each(numbers: Sequence[int], n: int) -> list[int]:
 
 def _batch_norm_backward(tape: Tape, node: Node, args: tuple) -> Node | None:
     """In evaluation mode: a constant scale per channel, made as forward mode makes it, so that they share it."""
-    g, x, weight, _, var, _, _, train, epsilon, _ = args
+    g, _, weight, _, var, _, _, train, epsilon, _ = args
     if not _is_linear(g) or train or var is None:
         return None
     shape = [1, -1] + [1] * (g.value.ndim - 2)
@@ -277,7 +277,8 @@ def _lay_out(tape: Tape, out: Node) -> Node:
             follows = True
         elif follows:
             args = tuple(
-                tape.constant(_nhwc, a) if _is_constant(a) and a.value.ndim == 4 and a.level == IMAGE else a for a in args
+                tape.constant(_nhwc, a) if _is_constant(a) and a.value.ndim == 4 and a.level == IMAGE else a
+                for a in args
             )
         kwargs = _replace(node.kwargs, new)
         new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node
@@ -300,7 +301,7 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
 
 
 def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
-    """A matrix product and a sum over windows, one vector at a time, so that what is between them stays in the cache."""
+    """A matrix product and a sum over windows; one vector at a time, so that what lies between fits the cache."""
     return torch.cat([aten.col2im.default(matrix @ one.flatten(2), *geometry) for one in x.split(1)])
 
 

@@ -193,7 +193,7 @@ class Tape:
         return aten.as_strided.default, ((self._known[key], size, stride, *offset), {})
 
     def _change_views(self, changed: Tensor, node: Node) -> None:
-        """After a change in place: who sees all of the tensor sees the change, who sees a part of it must not be read."""
+        """After a change in place: views of all of the tensor see it, views of a part must not be read."""
         sharing = self._sharing[changed.untyped_storage()._cdata]
         for tensor in [t for t in self._alive if id(t) in sharing and t is not changed]:
             if node.level == STATIC and self._of_tensor[id(tensor)].level == STATIC:

@@ -2,7 +2,6 @@ import gc
 import logging
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, Flops, assert_close
@@ -108,8 +107,8 @@ LAYERS = {
     "gelu": lambda: nn.GELU(),
     "tanh gelu": lambda: nn.GELU("tanh"),
     "softplus": lambda: nn.Softplus(beta=2),
-    "elu": lambda: nn.Sequential(nn.Tanhshrink(), nn.ELU(inplace=True)),
-    "leaky": lambda: nn.Sequential(nn.Tanhshrink(), nn.LeakyReLU(0.1, inplace=True)),
+    "elu": lambda: nn.Sequential(nn.Tanh(), nn.ELU(inplace=True)),
+    "leaky": lambda: nn.Sequential(nn.Tanh(), nn.LeakyReLU(0.1, inplace=True)),
     "hardtanh": lambda: nn.ReLU6(),
     "mish": lambda: nn.Mish(),
     "norm of pixel": lambda: Call(lambda x: functional.normalize(x, dim=1, eps=1e-3)),
@@ -127,7 +126,7 @@ LAYERS = {
 
 
 class Net(nn.Module):
-    """Layers in a row, while the size allows; the response is the last layer's output, with a mean of each one's if `several`."""
+    """Layers in a row, where the size allows. `several`: the response is the last one's output and the mean of each."""
 
     def __init__(self, names, seed, several):
         super().__init__()
@@ -145,7 +144,7 @@ class Net(nn.Module):
     def forward(self, x):
         means = []
         for layer in self.layers:
-            if 2 <= min(x.shape[2:]) and max(x.shape[2:]) <= 16:
+            if min(x.shape[2:]) >= 2 and max(x.shape[2:]) <= 16:
                 x = layer(x)
                 means.append(x.mean())
         return {"last": x, "means": means} if self.several else x
@@ -279,7 +278,9 @@ def test_a_changed_model_gets_a_new_program(change):
     change(model)
     after = linearize(image(), model)
     assert "traced: in use, 64 vectors" in after.engine_report[-1]
-    assert (change is change_behind_the_back) == ("the program of an earlier image is rejected" in after.engine_report[0])
+    assert (change is change_behind_the_back) == (
+        "the program of an earlier image is rejected" in after.engine_report[0]
+    )
     check_products(after, dense(model, image()), torch.float64)
     v = torch.ones(1, *after.image_shape, dtype=torch.float64)
     assert not torch.allclose(before.jvp(v), after.jvp(v))
@@ -345,7 +346,11 @@ class Drifting(Traced):
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [(Wrong, "its J v differs from PyTorch's by 4"), (WrongBackward, "derivatives disagree"), (Drifting, "not the same when")],
+    [
+        (Wrong, "its J v differs from PyTorch's by 4"),
+        (WrongBackward, "derivatives disagree"),
+        (Drifting, "not the same when"),
+    ],
 )
 def test_a_wrong_engine_is_rejected(monkeypatch, caplog, wrong, why):
     monkeypatch.setitem(ENGINES, "traced", wrong)

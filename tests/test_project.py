@@ -10,7 +10,19 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ["tape", "rewrite", "engines", "linearize", "operators", "result", "solvers", "eigendistortion", "layers", "plot", "testing"]
+ORDER = [
+    "tape",
+    "rewrite",
+    "engines",
+    "linearize",
+    "operators",
+    "result",
+    "solvers",
+    "eigendistortion",
+    "layers",
+    "plot",
+    "testing",
+]
 MAY_IMPORT_MATPLOTLIB = {"plot"}
 
 
