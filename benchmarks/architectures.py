@@ -69,13 +69,23 @@ def models() -> dict:
     return found
 
 
-def with_nonzero_weights(model: nn.Module) -> nn.Module:
-    """Matrices that are initialised to zero or nearly so are drawn at random, or the Jacobian vanishes."""
+def prepared(model: nn.Module, size: int) -> nn.Module:
+    """In float64 and evaluation mode, with a Jacobian that is neither zero nor lost in rounding.
+
+    Matrices that are initialised to zero or nearly so are drawn at random; batch norms get the statistics of a batch.
+    """
+    model = model.double().eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         for p in model.parameters():
             if float(p.abs().max()) < 1e-4 and p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
-    return model
+        if norms:
+            for norm in norms:
+                norm.momentum = None
+                norm.train()
+            model(torch.rand(2, 3, size, size, dtype=torch.float64))
+    return model.eval()
 
 
 def main() -> None:
@@ -85,8 +95,8 @@ def main() -> None:
         if len(sys.argv) > 1 and name not in sys.argv[1:]:
             continue
         torch.manual_seed(0)
-        model = with_nonzero_weights(build()).eval().double()
         size = SIZES.get(name, 224)
+        model = prepared(build(), size)
         x = torch.rand(1, 3, size, size, dtype=torch.float64)
         lin = linearize(x, model, chunk_size=1)
         v, u = torch.randn(1, *x.shape, dtype=x.dtype), torch.randn(1, lin.response_size, dtype=x.dtype)

@@ -296,8 +296,8 @@ def main() -> None:
     if options.cold:
         return cold()
     print(
-        "FLOPs and time per product and vector, in forward passes; of building, and of the next image of the same model "
-        "alone and with 50 products; the process's growth in MiB; J v against the first row's.\n"
+        "FLOPs and time per product and vector, in forward passes; of building, and of the next image of the same "
+        "model, alone and with 50 products; the process's growth in MiB; J v against the first row's.\n"
     )
     print(
         "| model | image | threads | engine | FLOPs | time | FLOPs, k = 8 | time, k = 8 | build | peak | difference |"
