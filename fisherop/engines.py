@@ -39,7 +39,12 @@ class Traced:
             self.response, *self._constants = self._program.prepare(image)
         else:
             self.response = None
-            self._program, self._constants = _trace(respond, image)
+            try:
+                self._program, self._constants = _trace(respond, image)
+            except RuntimeError:
+                raise
+            except Exception as error:  # whatever an operation that we don't know may do to the rules
+                raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
             if _can_be_kept(model) and not self._program.reads_image:
                 _PROGRAMS[model] = _fingerprint(model, image), self._program
         self.vector_bytes = self._program.vector_bytes

@@ -202,7 +202,7 @@ class Linearization:
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
     ) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.device.type, enabled=False):
             out = block.new_empty(len(block), *shape)
             for start in range(0, len(block), self.chunk_size):
                 chunk = block[start : start + self.chunk_size]

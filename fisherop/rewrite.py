@@ -29,7 +29,7 @@ def simplify(tape: Tape, out: Node) -> Node:
 
 def lower(tape: Tape, out: Node) -> Node:
     """An equal node whose operations are those that compute it fastest, at the shapes of this tape."""
-    return _rewrite(tape, _rewrite(tape, out, _CLEAN), _LOWER)
+    return _guard(tape, _rewrite(tape, _rewrite(tape, out, _CLEAN), _LOWER))
 
 
 def _rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
@@ -300,6 +300,31 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     return tape.linear(node.value, node.op, tape.linear(x.value, _nhwc, x), *args[1:])
 
 
+def _guard(tape: Tape, out: Node) -> Node:
+    """Give a contiguous tensor to operations that may rely on it, where a convolution before has changed the layout."""
+    changed: set[int] = set()
+    new: dict[int, Node] = {}
+    for node in needed([out], above=IMAGE):
+        args, kwargs = _replace(node.args, new), _replace(node.kwargs, new)
+        hit = any(p.index in changed for p in node.parents)
+        if hit and not _takes_any_layout(node.op):
+            args = tuple(
+                tape.linear(a.value, Tensor.contiguous, a) if _is_linear(a) and isinstance(a.value, Tensor) else a
+                for a in args
+            )
+            hit = False
+        new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node
+        if hit or node.op is _nhwc:
+            changed |= {node.index, new[node.index].index}
+    return new[out.index]
+
+
+def _takes_any_layout(op: Callable) -> bool:
+    if isinstance(op, torch._ops.OpOverload):
+        return op.is_view or torch.Tag.pointwise in op.tags or op in _ANY_LAYOUT
+    return op in (torch.reshape, _nhwc, _convolve_transposed, _unpool, operator.getitem)
+
+
 def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
     """A matrix product and a sum over windows; one vector at a time, so that what lies between fits the cache."""
     return torch.cat([aten.col2im.default(matrix @ one.flatten(2), *geometry) for one in x.split(1)])
@@ -372,4 +397,16 @@ _KEEP_LAYOUT = {
 _LOWER: dict[Callable, Rule] = {
     aten.convolution.default: _lower_convolution,
     aten.max_pool2d_with_indices_backward.default: _lower_max_pool_backward,
+}
+_ANY_LAYOUT = {
+    aten.convolution.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.cat.default,
+    aten.gather.default,
+    aten.expand.default,
 }

@@ -151,7 +151,7 @@ class Tape:
                 self.reads_image = self.reads_image or level == IMAGE
             if not tensors:
                 return
-        if (op in _COPIES or (op.is_view and isinstance(out, Tensor))) and _same_layout(args[0], out):
+        if (op in _COPIES or op.is_view) and isinstance(out, Tensor) and _same_layout(args[0], out):
             self._remember(out, nodes[0][0])
             return
         changes = op._schema.is_mutable
@@ -231,9 +231,12 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _same_layout(x: Tensor, y: Tensor) -> bool:
+def _same_layout(x: Any, y: Tensor) -> bool:
     """Whether two tensors of the same elements have them in the same order."""
-    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.layout != y.layout:
+    if not isinstance(x, Tensor):
+        return False
+    kinds = [(t.shape, t.dtype, t.device, t.layout, t.is_conj(), t.is_neg()) for t in (x, y)]
+    if kinds[0] != kinds[1]:
         return False
     return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 

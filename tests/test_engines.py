@@ -119,6 +119,10 @@ LAYERS = {
         Call(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(C, C), Call(lambda x: x.permute(0, 3, 1, 2))
     ),
     "roll and cat": lambda: Call(lambda x: torch.cat([x[:, 2:].roll(1, -1), x[:, :2] - x[:, 2:]], 1)),
+    "fft": lambda: Call(
+        lambda x: torch.fft.irfft2(torch.fft.rfft2(x) / (2 + torch.arange(x.shape[-1] // 2 + 1)), x.shape[2:])
+    ),
+    "complex": lambda: Call(lambda x: (torch.fft.fft2(x).conj() * torch.exp(1j * x) / 9).abs()),
     "softmax": lambda: Call(lambda x: 3 * x.softmax(1)),
     "where": lambda: Call(lambda x: torch.where(x > 0, x.square(), -0.5 * x)),
     "einsum": lambda: Call(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None]),

@@ -140,6 +140,15 @@ def test_autocast_around_the_caller_is_refused():
         linearize(small_image(torch.float32), nn.Conv2d(2, 2, 3))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_around_a_product_changes_nothing(engine):
+    lin = linearize(small_image(torch.float32), small_model(torch.float32), engine=engine)
+    v = torch.ones(1, *lin.image_shape)
+    alone = lin.jvp(v), lin.vjp(lin.jvp(v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lin.jvp(v), alone[0]) and torch.equal(lin.vjp(alone[0]), alone[1])
+
+
 def test_response_is_flattened_in_order():
     lin = linearize(small_image(), small_model())
     torch.testing.assert_close(lin.response, flat_small(small_model(), small_image()).detach())
