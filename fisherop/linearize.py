@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,7 +110,7 @@ class Linearization:
         self._engine = Traced(self._respond, self.image, self.model)
         v = self._random()
         try:
-            response, reference = torch.func.jvp(self._respond, (self.image,), (v[0],))
+            response, reference = self._forward_mode(v)
             _check_close("response", self._engine.response, response)
             self.response = response.reshape(self._leaf_shape)
             self._set_chunk(chunk_size if self._engine.vectorises else 1, self._engine.vector_bytes)
@@ -143,7 +144,7 @@ class Linearization:
         reference = None
         if isinstance(engine, Traced):
             activation_bytes = engine.vector_bytes
-            _, reference = torch.func.jvp(self._respond, (self.image,), (v[0],))
+            _, reference = self._forward_mode(v)
         self._set_chunk(chunk_size, activation_bytes)
         self._check_derivatives(v, reference)
         if isinstance(engine, Traced):
@@ -233,6 +234,12 @@ class Linearization:
     def _random(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(1, *self.image_shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
+
+    def _forward_mode(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The response and J v, flat, by PyTorch itself."""
+        with forward_ad.dual_level():
+            response, jv = forward_ad.unpack_dual(self._respond(forward_ad.make_dual(self.image, v[0])))
+            return response.clone(), torch.zeros_like(response) if jv is None else jv.clone()
 
     def _set_chunk(self, chunk_size: int | None, vector_bytes: int) -> None:
         self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, vector_bytes)))

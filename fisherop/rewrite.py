@@ -6,7 +6,6 @@ goes into the convolution beside it. `lower` then chooses the operations that co
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -114,15 +113,6 @@ def _reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | No
 
 def _same_shape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     return args[0] if args[0].value.shape == node.value.shape else None
-
-
-def _as_strided_scatter(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
-    """A reshape where it overwrites all of its first argument."""
-    base, source, size, stride, *offset = args
-    in_order = list(stride) == list(torch.empty(size, device="meta").stride()) and base.value.is_contiguous()
-    if not in_order or offset not in ([], [None], [0]) or math.prod(size) != base.value.numel():
-        return None
-    return tape.linear(node.value, torch.reshape, source, list(base.value.shape))
 
 
 def _elementwise(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -362,7 +352,6 @@ _CLEAN: dict[Callable, Rule] = {
     aten.copy.default: _copy_into,
     aten._to_copy.default: _to_copy,
     aten.expand.default: _same_shape,
-    aten.as_strided_scatter.default: _as_strided_scatter,
     operator.getitem: _getitem,
     torch.reshape: _reshape,
     **dict.fromkeys(

@@ -159,8 +159,8 @@ class Tape:
             op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
         elif op is aten.clone.default and out.is_contiguous():
             op, nodes = Tensor.contiguous, ((nodes[0][0],), {})
-        elif op is aten.as_strided.default:
-            op, nodes = self._as_strided(args[0], nodes[0], out)
+        elif op in (aten.as_strided.default, aten.as_strided_scatter.default):
+            op, nodes = self._as_strided(op, args, nodes[0], out)
         elif changes:
             op = self._functional(op, args)
         key = _key(op, *nodes)
@@ -180,17 +180,27 @@ class Tape:
                         self._known[key] = self._node(operator.getitem, (node, i), {}, level, part)
                     self._remember(part, self._known[key])
 
-    def _as_strided(self, had: Tensor, args: tuple, out: Tensor) -> tuple[Callable, tuple[tuple, dict]]:
-        """A reshape where it goes through all of a contiguous tensor; else it needs that tensor contiguous."""
-        x, size, stride, *offset = args
-        if not had.is_contiguous() or had.storage_offset():
-            raise NotLinear("as_strided of a tensor that is not contiguous")
-        if offset in ([], [None], [0]) and out.numel() == had.numel() and out.is_contiguous():
-            return torch.reshape, ((x, list(size)), {})
-        key = _key(Tensor.contiguous, (x,), {})
-        if key not in self._known:
-            self._known[key] = self._node(Tensor.contiguous, (x,), {}, x.level, had)
-        return aten.as_strided.default, ((self._known[key], size, stride, *offset), {})
+    def _as_strided(
+        self, op: Callable, tensors: tuple, args: tuple, out: Tensor
+    ) -> tuple[Callable, tuple[tuple, dict]]:
+        """By indices what `as_strided` and its inverse do by places in memory, which may differ in another layout."""
+        had, parts = tensors[0], 1 if op is aten.as_strided.default else 2
+        size, stride, *offset = args[parts:]
+        start = had.storage_offset()
+        n = torch.arange(had.numel(), device=had.device)
+        try:  # where in memory each element lies, and the reverse
+            in_memory, elements = n.as_strided(had.shape, had.stride()).reshape(-1).sort()
+            places = elements[n.as_strided(size, stride, (start if offset in ([], [None]) else offset[0]) - start)]
+        except RuntimeError as error:
+            raise NotLinear(f"{op} reaches beyond its argument") from error
+        if not torch.equal(in_memory, n):
+            raise NotLinear(f"{op} of a tensor with gaps")
+        places = places.reshape(-1)
+        whole = torch.equal(places, n)
+        shape = list(out.shape)
+        if whole:
+            return torch.reshape, ((args[parts - 1], shape), {})
+        return (_take if parts == 1 else _put), ((*args[:parts], self.static(places), shape), {})
 
     def _change_views(self, changed: Tensor, node: Node) -> None:
         """After a change in place: views of all of the tensor see it, views of a part must not be read."""
@@ -229,6 +239,14 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._tape._append(func, args, kwargs, out)
         return out
+
+
+def _take(x: Tensor, places: Tensor, shape: list[int]) -> Tensor:
+    return x.reshape(-1).index_select(0, places).reshape(shape)
+
+
+def _put(x: Tensor, source: Tensor, places: Tensor, shape: list[int]) -> Tensor:
+    return x.reshape(-1).index_copy(0, places, source.reshape(-1)).reshape(shape)
 
 
 def _same_layout(x: Any, y: Tensor) -> bool:
