@@ -32,7 +32,7 @@ from fisherop.linearize import _differentiable_attention
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
 
-ENGINES = ("traced", "functional", "double_backward")
+ENGINES = ("traced", "functional", "double_backward", "compiled")
 
 
 class Flops(TorchDispatchMode):
@@ -93,21 +93,6 @@ def ours(engine: str) -> Callable:
     return build
 
 
-def compiled(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
-    """The traced engine's programs through `torch.compile`, to see what that would win."""
-    engine = linearize(image, model, engine="traced")._engine
-    programs: dict = {}
-
-    def product(direction: str, block: Tensor) -> Tensor:
-        key = direction, len(block)
-        if key not in programs:
-            getattr(engine, direction)(block)
-            programs[key] = torch.compile(engine._program._blocks[key], dynamic=False)
-        return programs[key](block, *engine._constants)[0]
-
-    return lambda block: product("jvp", block), lambda block: product("vjp", block)
-
-
 def torch_func(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
     def respond(x: Tensor) -> Tensor:
         with _differentiable_attention():
@@ -164,7 +149,6 @@ def products() -> dict[str, Callable]:
     others = {"plenoptic": plenoptic, "curvlinops": curvlinops}
     return {
         **{name: ours(name) for name in ENGINES},
-        "traced, compiled": compiled,
         "torch.func": torch_func,
         **{name: build for name, build in others.items() if importlib.util.find_spec(name)},
     }
