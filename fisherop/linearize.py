@@ -41,10 +41,10 @@ def linearize(
         and dtype, until the module changes. ``"functional"``: J v in forward mode, at every product anew, Jᵀu by the
         backward pass of one forward pass that is kept. ``"double_backward"``: both from that backward pass, which is
         differentiated once more; for models with operations that have no forward mode. ``"auto"``: the first of these
-        that can be built and is right. Recording costs as much as ten to fifteen products by ``"functional"``, and
-        each product then saves more than half, so that it pays from some twenty products on; for fewer, name
-        ``"functional"``. ``"compiled"``: the traced record through `torch.compile`, for long runs with blocks: compiling
-        takes seconds to minutes for each block size (logged at level INFO) and needs a C++ compiler.
+        that can be built and is right. Recording costs 30 to 50 forward passes, 20 to 30 more than ``"functional"``,
+        and saves about three at every product: it pays from ten products on, and every solver takes more.
+        ``"compiled"``: the record through `torch.compile`, for long runs in blocks: compiling takes seconds to minutes
+        for each block size (logged at level INFO), and needs a C++ compiler.
     chunk_size : int, optional
         How many products go through the model at a time. By default as many as keep what a block computes on its way
         within 256 MiB, at most 64.
@@ -52,8 +52,8 @@ def linearize(
     Returns
     -------
     Linearization
-        Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, have the
-        same bits when repeated, and, where they are traced, agree with PyTorch's own derivatives.
+        Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, have
+        the same bits when repeated, and, where they are traced, agree with PyTorch's own derivatives.
 
     Raises
     ------
