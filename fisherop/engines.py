@@ -107,7 +107,7 @@ class Compiled(Traced):
 
 def _compile(program: Callable[..., tuple], what: str, *arguments: Tensor) -> Callable[..., tuple]:
     start = time.perf_counter()
-    compiled = torch.compile(program, fullgraph=True, dynamic=False)
+    compiled = torch.compile(program, dynamic=False)
     try:
         compiled(*arguments)
     except Exception as error:

@@ -389,3 +389,16 @@ def test_compiling_without_a_compiler_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(RuntimeError, match=r"OSError: no such file.*needs a C.. compiler.*engine='traced'"):
         linearize(image(), net(["conv"]), engine="compiled")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
+def test_torchvision_layers_are_traced(name):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name).eval().double()
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    traced, plain = (linearize(x, model, engine=engine) for engine in ("traced", "functional"))
+    v = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert_close(traced.jvp(v), plain.jvp(v), torch.float64)
+    assert_close(traced.vjp(plain.jvp(v)), plain.vjp(plain.jvp(v)), torch.float64)
