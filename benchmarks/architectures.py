@@ -73,7 +73,8 @@ def models() -> dict:
 def prepared(name: str, model: nn.Module, size: int) -> nn.Module:
     """In float64 and evaluation mode, with a Jacobian that is neither zero nor lost in rounding.
 
-    Matrices that are initialised to zero or nearly so are drawn at random; so that the Jacobian stands out from rounding, some batch norms get the statistics of a batch.
+    Matrices that are initialised to zero or nearly so are drawn at random; some models' batch norms get the statistics
+    of a batch.
     """
     model = model.double().eval()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

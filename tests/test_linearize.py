@@ -72,8 +72,18 @@ def sampled(x):
     return nn.functional.grid_sample(x, grid, align_corners=False)
 
 
+def tied():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(2, 2, 3, padding=1).double()
+    return nn.Sequential(conv, nn.GELU(), conv)
+
+
 MODELS = {  # and the engine that "auto" is to find
     "convolutional": (lambda: small_model(), "traced"),
+    "frozen": (lambda: small_model().requires_grad_(False), "traced"),
+    "tied weights": (tied, "traced"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softplus()).double()), "traced"),
     "attention": (lambda: Attention().double().eval(), "traced"),
     "instance norm in training mode": (lambda: nn.InstanceNorm2d(2).double(), "traced"),
     "no batching rule": (lambda: nn.Mish(), "traced"),
