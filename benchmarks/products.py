@@ -5,7 +5,7 @@ in one process, float32. Prints a Markdown table and writes ``products.json``, a
 cost. ResNet18, VGG16, ViT-B/16 and ConvNeXt-tiny need torchvision; weights are random.
 
     python benchmarks/products.py [--sizes 128 224] [--threads 1 2] [--models NAME ...] [--engines NAME ...]
-    python benchmarks/products.py --cold
+    python benchmarks/products.py --cold | --held
 """
 
 import argparse
@@ -270,6 +270,24 @@ def cold(name: str = "ResNet18 layer2.0", size: int = 128) -> None:
         print(f"traced {ours:.2f} s, functional {theirs:.2f} s, ratio {pairs:.2f}")
 
 
+def held(name: str = "ResNet18 layer4", size: int = 224) -> None:
+    """What a traced linearization holds, and what autograd keeps for one backward pass."""
+    model, image = models(size)[name]().eval(), torch.rand(1, 3, size, size)
+    own, shared = (n / 2**20 for n in linearize(image, model, engine="traced")._engine.held_bytes)
+    saved = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / 2**20
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(image.clone().requires_grad_())
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(n for place, n in saved.items() if place not in parameters)
+    print(f"{name} at {size}²: {own:.1f} MiB for the image and {shared:.1f} for the model;", end=" ")
+    print(f"autograd: {activations:.1f} MiB, with the parameters that it holds {sum(saved.values()):.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
@@ -278,7 +296,10 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(products()))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("products.json"))
     parser.add_argument("--cold", action="store_true", help="only the first and the next image, in fresh processes")
+    parser.add_argument("--held", action="store_true", help="only the memory that a linearization holds")
     options = parser.parse_args()
+    if options.held:
+        return held()
     if options.cold:
         return cold()
     print(
