@@ -32,7 +32,7 @@ from fisherop.linearize import _differentiable_attention
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
 
-ENGINES = ("traced", "functional", "double_backward", "compiled")
+ENGINES = ("traced", "functional", "double_backward")
 
 
 class Flops(TorchDispatchMode):
@@ -93,6 +93,24 @@ def ours(engine: str) -> Callable:
     return build
 
 
+def compiled(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
+    """The traced engine's programs through `torch.compile`, to see what that would win; in the same chunks."""
+    lin = linearize(image, model, engine="traced")
+    engine, programs = lin._engine, {}
+
+    def product(direction: str, block: Tensor) -> Tensor:
+        key = direction, len(block)
+        if key not in programs:
+            getattr(engine, direction)(block)
+            programs[key] = torch.compile(engine._program._blocks[key], dynamic=False)
+        return programs[key](block, *engine._constants)[0]
+
+    def chunked(direction: str, block: Tensor) -> Tensor:
+        return torch.cat([product(direction, chunk) for chunk in block.split(lin.chunk_size)])
+
+    return functools.partial(chunked, "jvp"), functools.partial(chunked, "vjp")
+
+
 def torch_func(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
     def respond(x: Tensor) -> Tensor:
         with _differentiable_attention():
@@ -149,6 +167,7 @@ def products() -> dict[str, Callable]:
     others = {"plenoptic": plenoptic, "curvlinops": curvlinops}
     return {
         **{name: ours(name) for name in ENGINES},
+        "traced, compiled": compiled,
         "torch.func": torch_func,
         **{name: build for name, build in others.items() if importlib.util.find_spec(name)},
     }

@@ -8,8 +8,6 @@ are called without gradients being recorded. Where k = 1, nothing is vectorised.
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -19,8 +17,6 @@ from torch import Tensor, nn
 
 from fisherop.rewrite import lower, simplify
 from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
-
-_LOG = logging.getLogger(__name__)
 
 
 class Traced:
@@ -95,30 +91,6 @@ class Traced:
         return _bytes(self._constants), _bytes(self._program.statics)
 
 
-class Compiled(Traced):
-    """The programs of the traced engine through `torch.compile`, once for each block size."""
-
-    def jvp(self, tangents: Tensor) -> Tensor:
-        return self._program.product("jvp", self._constants, tangents, compiled=True)
-
-    def vjp(self, cotangents: Tensor) -> Tensor:
-        return self._program.product("vjp", self._constants, cotangents, compiled=True)
-
-
-def _compile(program: Callable[..., tuple], what: str, *arguments: Tensor) -> Callable[..., tuple]:
-    start = time.perf_counter()
-    compiled = torch.compile(program, dynamic=False)
-    try:
-        compiled(*arguments)
-    except Exception as error:
-        raise RuntimeError(
-            f"torch.compile failed, {type(error).__name__}: {str(error).splitlines()[0]}; it needs a C++ compiler "
-            "(the environment variable CXX names it): install one, or use engine='traced'"
-        ) from error
-    _LOG.info("compiled %s in %.0f s", what, time.perf_counter() - start)
-    return compiled
-
-
 class _Program:
     """What tracing leaves: of a model, for images of one shape and dtype.
 
@@ -139,18 +111,16 @@ class _Program:
         self.vector_bytes = vector_bytes
         self.reads_image = reads_image
         self.vectorises = True
-        self._blocks: dict[tuple[str, int, bool], Callable[..., tuple]] = {}
+        self._blocks: dict[tuple[str, int], Callable[..., tuple]] = {}
 
-    def product(self, direction: str, constants: list[Tensor], block: Tensor, *, compiled: bool = False) -> Tensor:
+    def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
-        key = direction, len(block), compiled
+        key = direction, len(block)
         if key not in self._blocks:
             generator = torch.Generator().manual_seed(0)
             trial = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
             program = self._vectorised(self.single[direction], constants, trial)
-            if compiled:
-                program = _compile(program, f"{direction} of {len(block)} vectors", trial, *constants)
-            if compiled or len(block) > 1:
+            if len(block) > 1:
                 self._check(program, direction, constants, trial)
             self._blocks[key] = program
         return self._blocks[key](block, *constants)[0]
@@ -271,8 +241,7 @@ class DoubleBackward:
         return _gradients(self._response, self._image, cotangents)
 
 
-ENGINES = {"traced": Traced, "functional": Functional, "double_backward": DoubleBackward, "compiled": Compiled}
-AUTO = ("traced", "functional", "double_backward")
+ENGINES = {"traced": Traced, "functional": Functional, "double_backward": DoubleBackward}
 
 
 def _batched(one: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.engines import AUTO, ENGINES, Traced
+from fisherop.engines import ENGINES, Traced
 
 _LOG = logging.getLogger(__name__)
-_BLOCK_BYTES = 2**28  # that a block of products may compute on its way, by default: larger ones leave the cache
+_BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
 _MAX_CHUNK = 64
 
 
@@ -35,7 +35,7 @@ def linearize(
         Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
         flattened and concatenated in order. A module's parameters, buffers and gradients are not changed (but for
         buffers that its first call sets up). It must not change while the linearization is in use.
-    engine : {"auto", "traced", "functional", "double_backward", "compiled"}
+    engine : {"auto", "traced", "functional", "double_backward"}
         How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
         on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
         and dtype, until the module changes. ``"functional"``: J v in forward mode, at every product anew, Jᵀu by the
@@ -43,11 +43,9 @@ def linearize(
         differentiated once more; for models with operations that have no forward mode. ``"auto"``: the first of these
         that can be built and is right. Recording costs 30 to 50 forward passes, 20 to 30 more than ``"functional"``,
         and saves about three at every product: it pays from ten products on, and every solver takes more.
-        ``"compiled"``: the record through `torch.compile`, for long runs in blocks: compiling takes seconds to minutes
-        for each block size (logged at level INFO), and needs a C++ compiler.
     chunk_size : int, optional
         How many products go through the model at a time. By default as many as keep what a block computes on its way
-        within 256 MiB, at most 64.
+        within 1 GiB, at most 64.
 
     Returns
     -------
@@ -105,7 +103,7 @@ class Linearization:
             self.image = image.detach().clone()
             self.engine_report: tuple[str, ...] = ()
             self.n_jvp = self.n_vjp = 0
-            names = AUTO if engine == "auto" else (engine,)
+            names = tuple(ENGINES) if engine == "auto" else (engine,)
             if not ("traced" in names and self._resume(chunk_size)):
                 self.response, activation_bytes = _check_response(model, self.image)
                 self._choose_engine(names, chunk_size, activation_bytes)

@@ -1,6 +1,5 @@
 import gc
 import logging
-import shutil
 import weakref
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fisherop import engines, linearize
-from fisherop.engines import AUTO, ENGINES, Traced
+from fisherop.engines import ENGINES, Traced
 
 
 class Skip(nn.Module):
@@ -196,7 +195,7 @@ def test_every_layer_is_traced(name, dtype):
     check_products(other, dense(net(names, several=True), image(seed=5)), dtype)
 
 
-@pytest.mark.parametrize("engine", AUTO)
+@pytest.mark.parametrize("engine", ENGINES)
 @settings(max_examples=40, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(set(LAYERS) - {"einsum"})), min_size=1, max_size=5),
@@ -367,28 +366,6 @@ def test_a_wrong_engine_is_rejected(monkeypatch, caplog, wrong, why):
     check_products(lin, dense(model, image()), torch.float64)
     with pytest.raises(RuntimeError, match=why):
         linearize(image(), net(["conv", "gelu", "conv"]), engine="traced")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++ is not here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's, of its own doing
-def test_compiled_products_match_dense_autograd(caplog):
-    model = net(["conv norm relu", "gelu"])
-    with caplog.at_level(logging.INFO, logger="fisherop"):
-        lin = linearize(image(), model, engine="compiled")
-    assert lin.engine_report[-1].startswith("compiled: in use") and "compiled jvp of 1 vectors in" in caplog.text
-    check_products(lin, dense(model, image()), torch.float64)
-
-
-def test_compiling_without_a_compiler_says_what_to_do(monkeypatch):
-    def fails(program, **options):
-        def run(*arguments):
-            raise OSError("no such file: g++")
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", fails)
-    with pytest.raises(RuntimeError, match=r"OSError: no such file.*needs a C.. compiler.*engine='traced'"):
-        linearize(image(), net(["conv"]), engine="compiled")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
