@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherop.tape import IMAGE, LINEAR, STATIC, Node, NotLinear, Tape, needed
+from fisherop.tape import IMAGE, LINEAR, STATIC, Node, NotLinear, Tape, needed, replace
 
 aten = torch.ops.aten
 _FEW_CHANNELS = 4  # up to so many, a matrix product and a sum over windows beat PyTorch's transposed convolution
@@ -51,13 +51,7 @@ def _alpha(kwargs: dict) -> bool:
 
 
 def _replace(tree: Any, new: dict[int, Node]) -> Any:
-    if isinstance(tree, Node):
-        return new.get(tree.index, tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(_replace(part, new) for part in tree)
-    if isinstance(tree, dict):
-        return {key: _replace(part, new) for key, part in tree.items()}
-    return tree
+    return replace(tree, Node, lambda node: new.get(node.index, node))
 
 
 def _is_linear(x: Any) -> bool:

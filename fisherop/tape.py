@@ -96,7 +96,7 @@ class Tape:
         try:
             with _Recorder(self):
                 out = function()
-            return _map(out, self._of)
+            return replace(out, Tensor, self._of)
         finally:
             self._of_tensor = {id(t): node for t, node in self._inputs}
             self._alive.clear()
@@ -139,7 +139,7 @@ class Tape:
         return self._known[key]
 
     def _append(self, op: Callable, args: tuple, kwargs: dict, out: Any) -> None:
-        nodes = _map((args, kwargs), self._of)
+        nodes = replace((args, kwargs), Tensor, self._of)
         level = _level(nodes)
         tensors = [leaf for leaf in _leaves(out) if isinstance(leaf, Tensor)]
         if torch.Tag.nondeterministic_seeded in op.tags:
@@ -316,24 +316,19 @@ def _leaves(tree: Any) -> list:
     return [tree]
 
 
-def _map(tree: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return of_tensor(tree)
+def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
+    if isinstance(tree, kind):
+        return new(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(_map(part, of_tensor) for part in tree)
+        return type(tree)(replace(part, kind, new) for part in tree)
     if isinstance(tree, dict):
-        return {key: _map(part, of_tensor) for key, part in tree.items()}
+        return {key: replace(part, kind, new) for key, part in tree.items()}
     return tree
 
 
 def _values(tree: Any) -> Any:
-    if isinstance(tree, Node):
-        return tree.value
-    if isinstance(tree, list | tuple):
-        return type(tree)(_values(part) for part in tree)
-    if isinstance(tree, dict):
-        return {key: _values(part) for key, part in tree.items()}
-    return tree
+    return replace(tree, Node, operator.attrgetter("value"))
 
 
 def _level(tree: Any) -> int:
