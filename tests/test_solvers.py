@@ -85,7 +85,9 @@ def test_randomized_svd_bounds_the_range_error():
 @pytest.mark.parametrize("method", METHODS)
 def test_nonlinear_model(method, device):
     F = FisherOperator(small_image(device=device), small_model(device=device))
-    result = eigenpairs(F, 2, method=method, rng=0, progress=False, tol=1e-3 if method == "power" else 1e-6)
+    # eigenvalues of 2e-7 and 4e-7 of the largest: power iteration, and ARPACK where it may not take all N vectors, crawl
+    tol = 1e-3 if method in ("power", "svds") else 1e-6
+    result = eigenpairs(F, 2, method=method, rng=0, progress=False, tol=tol)
     assert_truthful(result, FisherOperator(small_image(), small_model()).jacobian.to_dense())
     assert result.converged.all()
 
@@ -221,11 +223,10 @@ def test_null_space_that_arpack_cannot_resolve_is_named():
 
 
 def test_svds_where_m_is_less_than_n():
-    """SciPy takes JJᵀ there and would return its smallest eigenvalue, with a perfect residual."""
+    """SciPy takes JJᵀ of J itself, and would return its smallest eigenvalue, 1, with a perfect residual."""
     matrix = matrix_with_singular_values(np.linspace(2, 1, 10), 10, 30)
-    with pytest.raises(ConvergenceError, match=r"JJᵀ \(10 × 30\), which lacks the null space of F") as caught:
-        eigenpairs(linear_operator(matrix), method="svds", rng=0, progress=False)
-    assert list(caught.value.result.eigenindex) == [0] and caught.value.result.converged.all()
+    result = eigenpairs(linear_operator(matrix), method="svds", rng=0, progress=False)
+    np.testing.assert_allclose(result.eigenvalues, [4, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["eigsh", "svds"])
@@ -311,7 +312,7 @@ SQUARE = matrix_with_singular_values(np.linspace(3, 1, 8), 8, 8)
         ({"k": 5}, ValueError, r"k=5 at both ends needs 2 k ≤ N = 8: use method='exact', or ask for"),
         ({"k": 8, "which": "largest"}, ValueError, "method='eigsh' needs k < N, got k=8 and N=8: use method='exact'"),
         ({"k": 2, "method": "lobpcg"}, ValueError, "method='lobpcg' needs 5 k ≤ N, got k=2 and N=8: use"),
-        ({"k": 8, "which": "largest", "method": "svds"}, ValueError, r"needs k < min\(M, N\), got k=8 and J of 8 × 8"),
+        ({"k": 8, "which": "largest", "method": "svds"}, ValueError, "needs k < N, got k=8 and N=8: use method='exact'"),
         ({"method": "randomized_svd"}, ValueError, "finds the largest end only, got which='both': use"),
         ({"method": "randomized_svd", "which": "largest", "q": -1}, ValueError, "must not be negative, got p=5 and"),
         ({"method": lambda F, k, which, **kw: (0, np.ones((8, 1)))}, ValueError, r"shape \(8, 1\), not \(8, 2\)"),

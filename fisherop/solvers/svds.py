@@ -20,57 +20,57 @@ def svds(
     rng: np.random.Generator,
     ncv: int | None = None,
 ) -> tuple[NDArray, NDArray]:
-    """The largest and the smallest singular values of J, squared.
+    """The largest and the smallest singular values of [J; σ₁ I], whose right singular vectors are those of J.
+
+    Of J itself SciPy takes the smaller of JᵀJ and JJᵀ, whose spectrum lacks the null space of F where M < N; and ARPACK
+    stops relative to the eigenvalue found, which for the smallest ones can't be reached.
 
     Parameters
     ----------
     maxiter : int, optional
-        ARPACK's restarts at each end, by default 200.
+        ARPACK's restarts at each end, by default 1000.
     ncv : int, optional
         Lanczos vectors, by default max(2 k + 1, 20) at the largest end and max(2 k + 1, 60) at the smallest.
 
     Raises
     ------
     ValueError
-        k ≥ min(M, N).
+        k ≥ N.
     SolverStopped
-        ARPACK did not converge; or the smallest end is asked for where M < N: SciPy takes the smaller of JᵀJ and
-        JJᵀ, whose spectrum lacks the N − M zeros of F.
+        ARPACK did not converge; it carries what did.
     """
     m, n = operator.jacobian.shape
-    side = min(m, n)
-    if k >= side:
-        raise ValueError(f"method='svds' needs k < min(M, N), got k={k} and J of {m} × {n}: use method='exact'")
+    if k >= n:
+        raise ValueError(f"method='svds' needs k < N, got k={k} and N={n}: use method='exact'")
     nothing = np.empty((n, 0))
     scale = ritz_extremes(operator, nothing, 1, rng)[1] ** 0.5
     if scale == 0:  # J is zero, where every vector is right and ARPACK has none to start with
         count = 2 * k if which == "both" else k
         return np.zeros(count), np.linalg.qr(rng.standard_normal((n, count)))[0]
-    jacobian = operator.jacobian.in_float64(scale)  # as in eigsh: ARPACK's test has an absolute floor
+    jacobian = operator.jacobian.in_float64(scale)
+    stacked = sla.LinearOperator(
+        (m + n, n),
+        matvec=lambda v: np.concatenate([jacobian @ v.ravel(), v.ravel()]),
+        rmatvec=lambda u: jacobian.rmatvec(u[:m].ravel()) + u[m:].ravel(),
+        dtype=np.float64,
+    )
     found: dict[str, tuple[NDArray, NDArray]] = {}
     for end in ("largest", "smallest") if which == "both" else (which,):
-        largest = found["largest"][1] if "largest" in found else nothing
-        if end == "smallest" and m < n:
-            raise SolverStopped(
-                f"svds takes the smaller of JᵀJ and JJᵀ, here JJᵀ ({m} × {n}), which lacks the null space of F",
-                largest,
-                nothing,
-            )
         basis = ncv or max(2 * k + 1, 20 if end == "largest" else 60)
         try:
             _, sigma, vh = sla.svds(
-                jacobian,
+                stacked,
                 k,
                 which="LM" if end == "largest" else "SM",
-                tol=tol**0.5,  # which SciPy squares
-                v0=rng.standard_normal(side),
-                maxiter=maxiter or 200,
-                ncv=min(basis, side - 1) if side > k + 2 else None,
+                tol=(tol / 2) ** 0.5,  # which SciPy squares; the largest eigenvalue is 2
+                v0=rng.standard_normal(n),
+                maxiter=maxiter or 1000,
+                ncv=min(basis, n - 1) if n > k + 2 else None,
                 return_singular_vectors="vh",
             )
-        except sla.ArpackError as error:  # it carries eigenvectors of JᵀJ where M ≥ N, of JJᵀ elsewhere
-            partial = getattr(error, "eigenvectors", nothing) if m >= n else nothing
-            ends = (partial, nothing) if end == "largest" else (largest, partial)
-            raise SolverStopped(f"ARPACK at the {end} end: {error}", *ends) from error
-        found[end] = (scale * sigma[::-1]) ** 2, vh[::-1].T
+        except sla.ArpackError as error:
+            ends = {name: vectors for name, (_, vectors) in found.items()} | {end: getattr(error, "eigenvectors", nothing)}
+            stopped = (ends.get(name, nothing) for name in ("largest", "smallest"))
+            raise SolverStopped(f"ARPACK at the {end} end: {error}", *stopped) from error
+        found[end] = scale**2 * (sigma[::-1] ** 2 - 1), vh[::-1].T
     return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
