@@ -69,8 +69,9 @@ def svds(
                 return_singular_vectors="vh",
             )
         except sla.ArpackError as error:
-            ends = {name: vectors for name, (_, vectors) in found.items()} | {end: getattr(error, "eigenvectors", nothing)}
-            stopped = (ends.get(name, nothing) for name in ("largest", "smallest"))
+            partial = getattr(error, "eigenvectors", nothing)
+            largest = found["largest"][1] if found else nothing
+            stopped = (partial, nothing) if end == "largest" else (largest, partial)
             raise SolverStopped(f"ARPACK at the {end} end: {error}", *stopped) from error
         found[end] = scale**2 * (sigma[::-1] ** 2 - 1), vh[::-1].T
     return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
