@@ -195,15 +195,15 @@ def test_every_layer_is_traced(name, dtype):
     check_products(other, dense(net(names, several=True), image(seed=5)), dtype)
 
 
-# Not drawn: einsum ends a network; a layout of the model's own, before a pool and after an instance norm, gives a wrong
-# Jᵀu in the traced engine, which its check rejects ("auto" then takes another engine).
-OPEN = {"einsum", "channels last"}
+# Not drawn: einsum ends a network; the backward pass of an instance norm is wrong in PyTorch 2.13 for a gradient in the
+# layout channels_last, so that it is no ground truth.
+DRAWN = sorted(set(LAYERS) - {"einsum", "instance norm"})
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
-    names=st.lists(st.sampled_from(sorted(set(LAYERS) - OPEN)), min_size=1, max_size=5),
+    names=st.lists(st.sampled_from(DRAWN), min_size=1, max_size=5),
     seed=st.integers(0, 2**16),
     several=st.booleans(),
     dtype=st.sampled_from(DTYPES),
@@ -213,6 +213,25 @@ def test_random_networks_match_dense_autograd(engine, names, seed, several, dtyp
     model = net(names, seed, several, dtype)
     lin = linearize(image(dtype), model, engine=engine)
     check_products(lin, dense(net(names, seed, several), image()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_derivative_of_pytorchs_is_not_believed(dtype):
+    """See above; the traced engine is right or refused."""
+    model = net(["instance norm", "channels last", "adaptive pool"])
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(8, *image().shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        slopes = torch.stack(
+            [(model(image() + 1e-6 * one) - model(image() - 1e-6 * one)).flatten() / 2e-6 for one in v]
+        )
+    try:
+        lin = linearize(image(dtype), model.to(dtype))
+    except ValueError as error:
+        assert "forward-mode and reverse-mode derivatives disagree" in str(error)
+    else:
+        u = torch.randn(1, lin.response_size, generator=generator, dtype=torch.float64)
+        assert_close(v.flatten(1) @ lin.vjp(u.to(dtype)).double().flatten(), slopes @ u[0], torch.float32)
 
 
 CONVOLUTIONAL = ["conv norm relu", "max pool", "residual block", "strided", "conv norm relu"]
