@@ -23,34 +23,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fisherop import LayerResponse, linearize
 from fisherop.linearize import _differentiable_attention
+from fisherop.testing import count_flops
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
 
 ENGINES = ("traced", "functional", "double_backward")
-
-
-class Flops(TorchDispatchMode):
-    """Counts by PyTorch's own formulas: convolutions and matrix products."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def flops(run: Callable[[], object]) -> int:
-    with Flops() as counter:
-        run()
-    return counter.total
 
 
 def models(size: int) -> dict[str, Callable[[], nn.Module]]:
@@ -242,12 +223,12 @@ def cost(row: dict, make: Callable, model: nn.Module, image: Tensor, other: Tens
     truth = jv if truth is None else truth
     row["difference"] = float((jv - truth).norm() / truth.norm())
     with _differentiable_attention():  # fused attention has no formula that counts it
-        forward_flops = flops(forward)
+        forward_flops = count_flops(forward)
     for k in (1, 8):
         runs = [functools.partial(f, b[:k]) for f, b in zip(pair, (v, u), strict=True)]
         for run in runs:
             run()  # the first block of a size costs more
-        row[f"flops_{k}"] = sum(map(flops, runs)) / k / forward_flops
+        row[f"flops_{k}"] = sum(map(count_flops, runs)) / k / forward_flops
         row[f"time_{k}"] = sum(ratio(run, forward) for run in runs) / k
     del pair, runs, run
     row["peak_mib"] = peak(lambda: [f(b) for f, b in zip(make(image, model), (v[:1], u[:1]), strict=True)])

@@ -1,4 +1,4 @@
-"""Ground truth for tests, the library's and yours: the adjoint test, and linear models of known spectrum."""
+"""For tests and benchmarks, the library's and yours: the adjoint test, linear models of known spectrum, FLOPs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 def check_adjoint(
@@ -55,3 +57,20 @@ def linear_model(matrix: ArrayLike, dtype: torch.dtype = torch.float64) -> Calla
         return weight.to(x.device) @ x.reshape(-1)
 
     return model
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """The floating-point operations of what `run` does, by PyTorch's own formulas: convolutions and matrix products."""
+    with _Flops() as counter:
+        run()
+    return counter.total
+
+
+class _Flops(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out

@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fisherop import FisherOperator
 from fisherop.testing import linear_model, matrix_with_singular_values
@@ -90,21 +88,3 @@ def small_model(dtype=torch.float64, device="cpu"):
 def flat_small(model, x):
     out = model(x)
     return torch.cat([t.flatten() for t in (out["pooled"], out["parts"][0], out["parts"][1][0])])
-
-
-class Flops(TorchDispatchMode):
-    """Counts by PyTorch's own formulas."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    @classmethod
-    def of(cls, run) -> int:
-        with cls() as counter:
-            run()
-        return counter.total

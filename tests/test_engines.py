@@ -4,14 +4,15 @@ import weakref
 
 import pytest
 import torch
-from helpers import DTYPES, Flops, assert_close
-from hypothesis import given, settings
+from helpers import DTYPES, assert_close
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
 from fisherop import engines, linearize
 from fisherop.engines import ENGINES, Traced
+from fisherop.testing import count_flops
 
 
 class Skip(nn.Module):
@@ -195,9 +196,7 @@ def test_every_layer_is_traced(name, dtype):
     check_products(other, dense(net(names, several=True), image(seed=5)), dtype)
 
 
-# Not drawn: einsum ends a network; the backward pass of an instance norm is wrong in PyTorch 2.13 for a gradient in the
-# layout channels_last, so that it is no ground truth.
-DRAWN = sorted(set(LAYERS) - {"einsum", "instance norm"})
+DRAWN = sorted(set(LAYERS) - {"einsum"})  # which ends a network
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -209,6 +208,8 @@ DRAWN = sorted(set(LAYERS) - {"einsum", "instance norm"})
     dtype=st.sampled_from(DTYPES),
 )
 def test_random_networks_match_dense_autograd(engine, names, seed, several, dtype):
+    # PyTorch 2.13, layout channels_last: the backward pass of one norm is wrong, the other has no forward mode
+    assume(not {"instance norm", "group norm"} & set(names) or not {"channels last", "permuted linear"} & set(names))
     names = ["softplus", *names]  # after which no pixel sits on the kink of an activation
     model = net(names, seed, several, dtype)
     lin = linearize(image(dtype), model, engine=engine)
@@ -234,6 +235,12 @@ def test_a_wrong_derivative_of_pytorchs_is_not_believed(dtype):
         assert_close(v.flatten(1) @ lin.vjp(u.to(dtype)).double().flatten(), slopes @ u[0], torch.float32)
 
 
+def test_count_flops():
+    a, b, x = torch.ones(3, 4), torch.ones(4, 5), torch.ones(1, 2, 6, 6)
+    assert count_flops(lambda: (a @ b).relu()) == 2 * 3 * 4 * 5
+    assert count_flops(lambda: functional.conv2d(x, torch.ones(7, 2, 3, 3))) == 2 * 7 * 2 * 3 * 3 * 4 * 4
+
+
 CONVOLUTIONAL = ["conv norm relu", "max pool", "residual block", "strided", "conv norm relu"]
 
 
@@ -241,18 +248,18 @@ CONVOLUTIONAL = ["conv norm relu", "max pool", "residual block", "strided", "con
 def test_a_product_costs_two_forward_passes(names, limit):
     model, x = net(names, dtype=torch.float32), image(torch.float32, size=(16, 16))
     lin = linearize(x, model)
-    forward = Flops.of(lambda: model(x))
+    forward = count_flops(lambda: model(x))
     for k in (1, 3):
         v, u = torch.ones(k, *x.shape), torch.ones(k, lin.response_size)
         lin.jvp(v), lin.vjp(u)  # the first block of a size is checked
-        assert Flops.of(lambda v=v: lin.jvp(v)) + Flops.of(lambda u=u: lin.vjp(u)) <= limit * k * forward
+        assert count_flops(lambda v=v: lin.jvp(v)) + count_flops(lambda u=u: lin.vjp(u)) <= limit * k * forward
 
 
 def test_the_next_image_costs_eight_forward_passes():
     model = net(CONVOLUTIONAL, dtype=torch.float32)
     linearize(image(torch.float32), model)
-    cost = Flops.of(lambda: linearize(image(torch.float32, seed=3), model))
-    assert cost <= 8 * Flops.of(lambda: model(image(torch.float32)))
+    cost = count_flops(lambda: linearize(image(torch.float32, seed=3), model))
+    assert cost <= 8 * count_flops(lambda: model(image(torch.float32)))
 
 
 def test_memory_is_less_than_autograds():
