@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from fisherop.rewrite import lower, simplify
 from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
 
+_MAX_CHUNK = 64
+_LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
+
 
 class Traced:
     """The operations of one J v and of one Jᵀu, without what depends on the image alone: that is computed once.
@@ -29,8 +32,8 @@ class Traced:
     ----------
     response : Tensor or None
         The response to the image, flat, by the program that an earlier image left; None where the program is new.
-    vector_bytes : int
-        A bound on what one product computes on its way.
+    chunk_size : int
+        How many vectors should go through the program together.
     """
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
@@ -47,7 +50,6 @@ class Traced:
                 raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
             if _can_be_kept(model) and not self._program.reads_image:
                 _PROGRAMS[model] = _fingerprint(model, image), self._program
-        self.vector_bytes = self._program.vector_bytes
 
     @classmethod
     def knows(cls, image: Tensor, model: Any) -> bool:
@@ -69,6 +71,10 @@ class Traced:
         """Keep no program for this model."""
         if _can_be_kept(model):
             _PROGRAMS.pop(model, None)
+
+    @property
+    def chunk_size(self) -> int:
+        return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self._program.largest_bytes))
 
     @property
     def vectorises(self) -> bool:
@@ -102,13 +108,13 @@ class _Program:
         prepare: Callable[..., tuple],
         single: dict[str, Callable[..., tuple]],
         statics: list[Tensor],
-        vector_bytes: int,
+        largest_bytes: int,
         reads_image: bool,
     ) -> None:
         self.prepare = prepare
         self.single = single
         self.statics = statics
-        self.vector_bytes = vector_bytes
+        self.largest_bytes = largest_bytes
         self.reads_image = reads_image
         self.vectorises = True
         self._blocks: dict[tuple[str, int], Callable[..., tuple]] = {}
@@ -173,9 +179,8 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program
     }
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [t for t in statics if t.untyped_storage().data_ptr() not in tape.external]
-    computed = itertools.chain(*(needed([node], above=IMAGE) for node in (forward, backward)))
-    vector_bytes = sum(n.value.nbytes for n in computed if isinstance(n.value, Tensor))
-    return _Program(prepare, single, own, vector_bytes, tape.reads_image), [c.value for c in constants]
+    largest_bytes = max(n.value.nbytes for n in itertools.chain(*nodes.values()) if isinstance(n.value, Tensor))
+    return _Program(prepare, single, own, largest_bytes, tape.reads_image), [c.value for c in constants]
 
 
 def _fingerprint(model: nn.Module, image: Tensor) -> Hashable:

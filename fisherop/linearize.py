@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -44,8 +45,8 @@ def linearize(
         that can be built and is right. Recording costs 30 to 50 forward passes, 20 to 30 more than ``"functional"``,
         and saves about three at every product: it pays from ten products on, and every solver takes more.
     chunk_size : int, optional
-        How many products go through the model at a time. By default as many as keep what a block computes on its way
-        within 1 GiB, at most 64.
+        How many products go through the model at a time, at most. By default 64, and fewer where a tensor of a block
+        would reach 32 MiB (``"traced"``), or all that it computes on its way 1 GiB (the other engines).
 
     Returns
     -------
@@ -119,7 +120,7 @@ class Linearization:
             response, reference = self._forward_mode(v)
             _check_close("response", self._engine.response, response)
             self.response = response.reshape(self._leaf_shape)
-            self._set_chunk(chunk_size if self._engine.vectorises else 1, self._engine.vector_bytes)
+            self.chunk_size = chunk_size or self._engine.chunk_size if self._engine.vectorises else 1
             self._check_derivatives(v, reference)
         except (RuntimeError, ValueError) as error:
             self._engine.forget(self.model)
@@ -147,11 +148,12 @@ class Linearization:
 
     def _try_engine(self, name: str, v: Tensor, chunk_size: int | None, activation_bytes: int) -> None:
         self._engine = engine = ENGINES[name](self._respond, self.image, self.model)
-        reference = None
         if isinstance(engine, Traced):
-            activation_bytes = engine.vector_bytes
             _, reference = self._forward_mode(v)
-        self._set_chunk(chunk_size, activation_bytes)
+            self.chunk_size = chunk_size or engine.chunk_size
+        else:
+            reference = None
+            self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
         self._check_derivatives(v, reference)
         if self.chunk_size > 1 and not self._vectorises(v):
             self.chunk_size = 1
@@ -208,9 +210,9 @@ class Linearization:
     ) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.device.type, enabled=False):
             out = block.new_empty(len(block), *shape)
-            for start in range(0, len(block), self.chunk_size):
-                chunk = block[start : start + self.chunk_size]
-                out[start : start + len(chunk)] = multiply(chunk)
+            n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
+            for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():
+                target.copy_(multiply(chunk))
                 setattr(self, counter, getattr(self, counter) + len(chunk))
                 if self.on_product is not None:
                     self.on_product(len(chunk) / 2)
@@ -243,9 +245,6 @@ class Linearization:
         with forward_ad.dual_level():
             response, jv = forward_ad.unpack_dual(self._respond(forward_ad.make_dual(self.image, v[0])))
             return response.clone(), torch.zeros_like(response) if jv is None else jv.clone()
-
-    def _set_chunk(self, chunk_size: int | None, vector_bytes: int) -> None:
-        self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, vector_bytes)))
 
     def _vectorises(self, v: Tensor) -> bool:
         """Whether blocks of products work, and are more than a loop with a warning at every call."""
