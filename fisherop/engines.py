@@ -37,48 +37,43 @@ class Traced:
     """
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
-        self._program = self._known(image, model)
-        if self._program is not None:
-            self.response, *self._constants = self._program.prepare(image)
-        else:
-            self.response = None
-            try:
-                self._program, self._constants = _trace(respond, image)
-            except RuntimeError:
-                raise
-            except Exception as error:  # whatever an operation that we don't know may do to the rules
-                raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
-            if _can_be_kept(model) and not self._program.reads_image:
-                _PROGRAMS[model] = _fingerprint(model, image), self._program
+        self.response = None
+        try:
+            self._program, self._constants = _trace(respond, image)
+        except RuntimeError:
+            raise
+        except Exception as error:  # whatever an operation that we don't know may do to the rules
+            raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
 
     @classmethod
-    def knows(cls, image: Tensor, model: Any) -> bool:
-        """Whether an earlier image left a program for this one."""
-        return cls._known(image, model) is not None
+    def resume(cls, image: Tensor, model: Any) -> Traced | None:
+        """By the program that an earlier image left, if it still holds."""
+        kept = _PROGRAMS.get(model, {}) if _can_be_kept(model) else {}
+        fingerprint, program = kept.get(_kind(image), (None, None))
+        if program is None or fingerprint != _fingerprint(model):
+            return None
+        self = cls.__new__(cls)
+        self._program = program
+        self.response, *self._constants = program.prepare(image)
+        return self
+
+    def keep(self, image: Tensor, model: Any) -> None:
+        """Let later images of this kind resume the program, once it has been found right."""
+        if _can_be_kept(model) and not self._program.reads_image:
+            _PROGRAMS.setdefault(model, {})[_kind(image)] = _fingerprint(model), self._program
 
     @staticmethod
-    def _known(image: Tensor, model: Any) -> _Program | None:
-        """The program of an earlier image, if it still holds; one that doesn't is forgotten."""
-        if not _can_be_kept(model) or model not in _PROGRAMS:
-            return None
-        fingerprint, program = _PROGRAMS[model]
-        if fingerprint == _fingerprint(model, image):
-            return program
-        del _PROGRAMS[model]
-        return None
-
-    def forget(self, model: Any) -> None:
-        """Keep no program for this model."""
-        if _can_be_kept(model):
-            _PROGRAMS.pop(model, None)
+    def forget(image: Tensor, model: Any) -> None:
+        """Keep no program for images of this kind."""
+        _PROGRAMS[model].pop(_kind(image), None)
 
     @property
     def chunk_size(self) -> int:
         return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self._program.largest_bytes))
 
     @property
-    def vectorises(self) -> bool:
-        """Whether blocks of products are worth more than a loop."""
+    def vectorises(self) -> bool | None:
+        """Whether blocks of products are worth more than a loop; None before that was tried."""
         return self._program.vectorises
 
     @vectorises.setter
@@ -116,11 +111,12 @@ class _Program:
         self.statics = statics
         self.largest_bytes = largest_bytes
         self.reads_image = reads_image
-        self.vectorises = True
+        self.vectorises: bool | None = None
         self._blocks: dict[tuple[str, int], Callable[..., tuple]] = {}
 
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
+        block = block.contiguous()  # as in the recording, where layouts decided which copies were made
         key = direction, len(block)
         if key not in self._blocks:
             generator = torch.Generator().manual_seed(0)
@@ -145,7 +141,8 @@ class _Program:
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, _Program]] = weakref.WeakKeyDictionary()
+# per module and kind of image: what the program depends on, and the program
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, _Program]]] = weakref.WeakKeyDictionary()
 
 
 def _can_be_kept(model: Any) -> bool:
@@ -183,14 +180,15 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program
     return _Program(prepare, single, own, largest_bytes, tape.reads_image), [c.value for c in constants]
 
 
-def _fingerprint(model: nn.Module, image: Tensor) -> Hashable:
-    """What a program depends on beside the image's values: tensors by place and version, plain attributes, hooks."""
+def _kind(image: Tensor) -> Hashable:
+    return image.shape, image.dtype, image.device
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    """What a program depends on beside the image: tensors by place and version, plain attributes, hooks."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.Size)
     return (
-        image.shape,
-        image.dtype,
-        image.device,
         tuple((id(t), t.data_ptr(), t._version, t.shape) for t in tensors),
         tuple(
             (

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from fisherop.engines import ENGINES, Traced
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
 _MAX_CHUNK = 64
+_ONE_AT_A_TIME = threading.RLock()  # forward mode and the switches of attention are global to PyTorch
 
 
 def linearize(
@@ -100,7 +102,7 @@ class Linearization:
         _check_model(image, model)
         self.model = model
         self.on_product: Callable[[float], None] | None = None
-        with torch.inference_mode(False), torch.no_grad():
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
             self.engine_report: tuple[str, ...] = ()
             self.n_jvp = self.n_vjp = 0
@@ -112,18 +114,18 @@ class Linearization:
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
-        if not Traced.knows(self.image, self.model):
+        engine = Traced.resume(self.image, self.model)
+        if engine is None:
             return False
-        self._engine = Traced(self._respond, self.image, self.model)
+        self._engine = engine
         v = self._random((1, *self.image_shape), seed=0)
         try:
             response, reference = self._forward_mode(v)
-            _check_close("response", self._engine.response, response)
+            self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
             self.response = response.reshape(self._leaf_shape)
-            self.chunk_size = chunk_size or self._engine.chunk_size if self._engine.vectorises else 1
-            self._check_derivatives(v, reference)
+            self._check_engine(v, reference, chunk_size or engine.chunk_size)
         except (RuntimeError, ValueError) as error:
-            self._engine.forget(self.model)
+            engine.forget(self.image, self.model)
             self._report(f"traced: the program of an earlier image is rejected, {error}")
             return False
         self._report(self._in_use("traced", "by the program of an earlier image, "))
@@ -134,7 +136,13 @@ class Linearization:
         v = self._random((1, *self.image_shape), seed=0)
         for name in names:
             try:
-                self._try_engine(name, v, chunk_size, activation_bytes)
+                self._engine = engine = ENGINES[name](self._respond, self.image, self.model)
+                if isinstance(engine, Traced):
+                    self._check_engine(v, self._forward_mode(v)[1], chunk_size or engine.chunk_size)
+                    engine.keep(self.image, self.model)
+                else:
+                    default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
+                    self._check_engine(v, None, chunk_size or default)
             except (RuntimeError, ValueError) as error:
                 self._report(f"{name}: rejected, {str(error).splitlines()[0]}")
                 if name != "traced" and isinstance(error, ValueError):
@@ -146,19 +154,16 @@ class Linearization:
                 self._report(self._in_use(name))
                 return
 
-    def _try_engine(self, name: str, v: Tensor, chunk_size: int | None, activation_bytes: int) -> None:
-        self._engine = engine = ENGINES[name](self._respond, self.image, self.model)
-        if isinstance(engine, Traced):
-            _, reference = self._forward_mode(v)
-            self.chunk_size = chunk_size or engine.chunk_size
-        else:
-            reference = None
-            self.chunk_size = chunk_size or max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
+    def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int) -> None:
+        """Of its products, and of blocks, which are taken apart where that fails."""
+        engine, self.chunk_size = self._engine, chunk_size
         self._check_derivatives(v, reference)
-        if self.chunk_size > 1 and not self._vectorises(v):
-            self.chunk_size = 1
+        if chunk_size > 1:
+            known = engine.vectorises if isinstance(engine, Traced) else None
+            vectorises = self._vectorises(v) if known is None else known
+            self.chunk_size = chunk_size if vectorises else 1
             if isinstance(engine, Traced):
-                engine.vectorises = False
+                engine.vectorises = vectorises
 
     def _report(self, line: str) -> None:
         self.engine_report += (line,)
@@ -208,7 +213,8 @@ class Linearization:
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
     ) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.device.type, enabled=False):
+        alone = contextlib.nullcontext() if isinstance(self._engine, Traced) else _ONE_AT_A_TIME
+        with alone, torch.inference_mode(False), torch.no_grad(), torch.autocast(block.device.type, enabled=False):
             out = block.new_empty(len(block), *shape)
             n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
             for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():
@@ -222,6 +228,7 @@ class Linearization:
         leaves = _answer(self.model, x)
         flat = _flatten(leaves)
         self._leaf_shape = leaves[0].shape if len(leaves) == 1 else flat.shape
+        self._leaf_sizes = [leaf.numel() for leaf in leaves]
         return flat
 
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
@@ -237,7 +244,7 @@ class Linearization:
             )
 
     def _random(self, shape: tuple[int, ...], seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(20171127 + seed)  # no seed of the user's, or v might be the image
         return torch.randn(shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
 
     def _forward_mode(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,6 +268,16 @@ class Linearization:
                 return False
         return True
 
+    def _check_close(self, what: str, actual: Tensor, reference: Tensor, tolerance: float) -> None:
+        """Refuse a flat response that differs from an independent one, in any of the tensors that it consists of."""
+        floor = 4 * torch.finfo(reference.dtype).eps * torch.linalg.vector_norm(reference.double()).item()
+        for a, b in zip(actual.split(self._leaf_sizes), reference.split(self._leaf_sizes), strict=True):
+            error, norm = (torch.linalg.vector_norm(x.double()).item() for x in (a - b, b))
+            if not error <= tolerance * norm + floor:
+                raise RuntimeError(
+                    f"its {what} differs from PyTorch's by {error / norm if norm else error:.1e} of its norm"
+                )
+
     def _check_derivatives(self, v: Tensor, reference: Tensor | None) -> None:
         """Hold J v to an independent one, if there is one, and Jᵀu to J v by the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩.
 
@@ -275,7 +292,7 @@ class Linearization:
                 "a square root, norm or division of zero is the usual cause: add a small constant inside it"
             )
         if reference is not None:
-            _check_close("J v", jv[0], reference)
+            self._check_close("J v", jv[0], reference, _tolerance(jv.dtype))
         forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
         allowed = _tolerance(jv.dtype) * max(torch.linalg.vector_norm(x.double()).item() for x in (jv, jtu))
         if abs(forward - reverse) > allowed:
@@ -291,14 +308,6 @@ class Linearization:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** 0.5
-
-
-def _check_close(what: str, actual: Tensor, reference: Tensor) -> None:
-    """Refuse a tensor that differs from an independently computed one by more than half of the dtype's digits."""
-    error = float(torch.linalg.vector_norm((actual - reference).double()))
-    scale = float(torch.linalg.vector_norm(reference.double()))
-    if not error <= _tolerance(reference.dtype) * scale:
-        raise RuntimeError(f"its {what} differs from PyTorch's by {error / scale if scale else error:.1e} of its norm")
 
 
 def _check_image(image: Tensor) -> None:

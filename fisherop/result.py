@@ -114,7 +114,7 @@ class EigenResult:
             f"extreme: {self.ground}",
             f"noise: residuals below {self.noise:.0e} λ_max are rounding",
         ]
-        lines += [f"{name}: {value}" for name, value in self.details.items()]
+        lines += [f"{name}: {value}" for name, value in self.details.items() if not isinstance(value, list)]
         return "\n".join(lines)
 
 

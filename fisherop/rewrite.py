@@ -128,7 +128,7 @@ def _mul(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
 
 
 def _product(tape: Tape, node: Node, x: Node, c: Node) -> Node | None:
-    while c.op is aten.expand.default:
+    while c.op is aten.expand.default and x.value.shape == node.value.shape:
         c = c.args[0]
     if torch.broadcast_shapes(x.value.shape, c.value.shape) != x.value.shape or x.value.dtype != node.value.dtype:
         return None
@@ -159,17 +159,29 @@ def _convolution_backward(tape: Tape, node: Node, args: tuple) -> Node | None:
     g, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
     if not _is_linear(g) or _is_linear(x) or _is_linear(weight):
         return None
-    sizes = zip(*(_each(t, weight.value.ndim - 2) for t in (stride, padding, dilation)), strict=True)
-    beyond = [0] * (weight.value.ndim - 2)
-    if not transposed:
-        reached = [
-            (m - 1) * s - 2 * p + d * (size - 1) + 1
-            for m, size, (s, p, d) in zip(g.value.shape[2:], weight.value.shape[2:], sizes, strict=True)
-        ]
-        beyond = [n - r for n, r in zip(x.value.shape[2:], reached, strict=True)]
+    sizes = list(
+        zip(
+            g.value.shape[2:],
+            x.value.shape[2:],
+            weight.value.shape[2:],
+            *(_each(t, weight.value.ndim - 2) for t in (stride, padding, dilation)),
+            strict=True,
+        )
+    )
+    if transposed:
+        beyond = [0] * len(sizes)
+        if any(_windows(m, *geometry) != n for m, n, *geometry in sizes):
+            return None
+    else:
+        beyond = [n - ((m - 1) * s - 2 * p + d * (size - 1) + 1) for m, n, size, s, p, d in sizes]
     return tape.linear(
         node.value, aten.convolution.default, g, weight, None, stride, padding, dilation, not transposed, beyond, groups
     )
+
+
+def _windows(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How often a kernel fits; not the size that a transposed convolution came from, if its output was padded a lot."""
+    return (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _each(numbers: Sequence[int], n: int) -> list[int]:
@@ -276,9 +288,10 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     if not _wants_nhwc(node) or weight.level != STATIC:
         return None
     _, channels, *size = node.value.shape
-    if transposed and groups == 1 and channels <= _FEW_CHANNELS:
-        stride, padding, dilation = (_each(t, 2) for t in (stride, padding, dilation))
-        kernel = list(weight.value.shape[2:])
+    kernel = list(weight.value.shape[2:])
+    stride, padding, dilation = (_each(t, 2) for t in (stride, padding, dilation))
+    fits = list(map(_windows, size, kernel, stride, padding, dilation)) == list(x.value.shape[2:])
+    if transposed and groups == 1 and channels <= _FEW_CHANNELS and fits:
         matrix = tape.constant(torch.t, tape.constant(torch.reshape, weight, [weight.value.shape[0], -1]))
         return tape.linear(node.value, _convolve_transposed, matrix, x, size, kernel, dilation, padding, stride)
     return tape.linear(node.value, node.op, tape.linear(x.value, _nhwc, x), *args[1:])

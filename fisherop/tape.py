@@ -130,7 +130,8 @@ class Tape:
             value = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
         if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
             value = value.clone()  # of its own, in case the operation after next changes it in place
-            place = value.resolve_conj().resolve_neg().contiguous().view(-1).numpy().tobytes() if value.numel() else b""
+            flat = value.resolve_conj().resolve_neg().contiguous().view(-1)
+            place = flat.view(torch.uint8).numpy().tobytes() if value.numel() else b""
         else:
             place = id(value) if value.layout != torch.strided else (value.data_ptr(), value.stride())
         key = value.dtype, value.device, value.shape, place
@@ -144,20 +145,19 @@ class Tape:
         tensors = [leaf for leaf in _leaves(out) if isinstance(leaf, Tensor)]
         if torch.Tag.nondeterministic_seeded in op.tags:
             raise NotLinear(f"{op} draws random numbers")
-        if not tensors or torch.Tag.dynamic_output_shape in op.tags:
-            if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
-                if level == LINEAR:
-                    raise NotLinear(f"{op} reads values of the derivative")
-                self.reads_image = self.reads_image or level == IMAGE
-            if not tensors:
-                return
+        seen = _level_seen(op, args, nodes[0], level, tensors)
+        if seen == LINEAR:
+            raise NotLinear(f"{op} reads values of the derivative")
+        self.reads_image = self.reads_image or seen == IMAGE
+        if not tensors:
+            return
         if (op in _COPIES or op.is_view) and isinstance(out, Tensor) and _same_layout(args[0], out):
             self._remember(out, nodes[0][0])
             return
         changes = op._schema.is_mutable
         if op in _VIEWS:  # a view may not fit where a copy before it is left out
             op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
-        elif op is aten.clone.default and out.is_contiguous():
+        elif op is aten.clone.default and out.is_contiguous() and not (args[0].is_conj() or args[0].is_neg()):
             op, nodes = Tensor.contiguous, ((nodes[0][0],), {})
         elif op in (aten.as_strided.default, aten.as_strided_scatter.default):
             op, nodes = self._as_strided(op, args, nodes[0], out)
@@ -232,6 +232,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if (
+            func is aten.slice_scatter.default and len(args) > 4 and args[4] is not None
+        ):  # vmap overflows at "to the end"
+            args = (*args[:4], min(args[4], args[0].shape[args[2]]), *args[5:])
+        if func is aten.mul.Scalar and args[0]._is_zerotensor():  # PyTorch would crash
+            args = (torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:])
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
             node = self._tape._of(args[0])
             if node.level < LINEAR and node.value.data_ptr() == args[0].data_ptr():
@@ -239,6 +245,15 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._tape._append(func, args, kwargs, out)
         return out
+
+
+def _level_seen(op: Callable, args: tuple, nodes: tuple, level: int, tensors: list[Tensor]) -> int:
+    """The level of the values that Python sees, or that the shape of the result depends on; STATIC where of none."""
+    if op is aten.index.Tensor:
+        masks = (torch.bool, torch.uint8)
+        return _level([node for node, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in masks])
+    sees = torch.Tag.dynamic_output_shape in op.tags or (not tensors and torch.Tag.data_dependent_output in op.tags)
+    return level if sees else STATIC
 
 
 def _take(x: Tensor, places: Tensor, shape: list[int]) -> Tensor:

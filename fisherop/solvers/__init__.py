@@ -14,18 +14,29 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from fisherop.operators import FisherOperator, JacobianOperator
-from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify, check_tol, spawned
+from fisherop.result import (
+    PROBE_STEPS,
+    ConvergenceError,
+    EigenResult,
+    SolverStopped,
+    Status,
+    certify,
+    check_tol,
+    spawned,
+)
 from fisherop.solvers.eigsh import eigsh
 from fisherop.solvers.exact import exact
+from fisherop.solvers.golub_kahan import golub_kahan
 from fisherop.solvers.lobpcg import lobpcg
 from fisherop.solvers.power import power
 from fisherop.solvers.randomized_svd import randomized_svd
 from fisherop.solvers.svds import svds
 
 SOLVERS: dict[str, Callable[..., tuple]] = {
-    solver.__name__: solver for solver in (exact, eigsh, lobpcg, svds, power, randomized_svd)
+    solver.__name__: solver for solver in (golub_kahan, exact, eigsh, lobpcg, svds, power, randomized_svd)
 }
 _OWN_OPTIONS = {"tol", "maxiter", "rng"}
+_SMALL = 2**24  # elements of a Jacobian that "auto" makes dense
 
 
 def eigenpairs(
@@ -33,7 +44,7 @@ def eigenpairs(
     k: int = 1,
     which: str = "both",
     *,
-    method: str | Callable[..., tuple] = "eigsh",
+    method: str | Callable[..., tuple] = "auto",
     tol: float = 1e-6,
     maxiter: int | None = None,
     rng: int | np.random.Generator | None = None,
@@ -52,10 +63,12 @@ def eigenpairs(
     which : {"both", "largest", "smallest"}
         The ends of the spectrum.
     method : str or callable
-        ``"exact"``, ``"eigsh"``, ``"lobpcg"``, ``"svds"``, ``"power"``, ``"randomized_svd"``; or a solver of your own,
-        called as ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
+        ``"auto"`` takes ``"exact"`` where min(M, N) / 2, its products, are at most 50 k and J and its decomposition
+        small, else ``"golub_kahan"``; ``details["method"]`` says so. Others are ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
+        ``"power"``, ``"randomized_svd"``; or a solver of your own, called as ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
-        dict, goes to ``result.details``. The values are recomputed.
+        dict, goes to ``result.details``, but its ``"ground"``, if it has one, to ``result.ground``. The values are
+        recomputed.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim at half of it, so that rounding doesn't decide.
@@ -86,32 +99,36 @@ def eigenpairs(
     operator = _fisher(operator)
     n = operator.shape[0]
     _check_arguments(k, which, tol, maxiter, on_failure, n)
-    solver, name = _choose(method, options)
+    solver, name, why = _choose(method, options, operator, k)
     if which == "both" and 2 * k > n and solver is not exact:
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = spawned(rng)
     before = operator.n_products
     stopped: SolverStopped | None = None
+    # rounding mustn't decide: the certificate adds the noise of products to residuals
+    aim = max(0.5 * tol, 0.95 * tol - 4 * float(np.finfo(operator.dtype).eps))
     certificate = 1.5 * min(n, 2 * k) + 2.5
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
         try:
-            _, vectors, *more = solver(operator, k, which, tol=tol / 2, maxiter=maxiter, rng=rng, **options)
+            _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
             details = more[0] if more else {}
             vectors, index = _check_answer(vectors, k, which, n, name)
         except SolverStopped as error:
             stopped, details = error, {}
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
+        ground = details.pop("ground", None)
         result = certify(
             operator,
             _rayleigh_ritz(operator, vectors),
             index,
             tol=tol,
             method=name,
+            probe=0 if ground and which != "smallest" else PROBE_STEPS,
             rng=rng,
-            ground="all singular values of the dense J" if solver is exact else None,
-            details=details,
+            ground=ground,
+            details=why | details,
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before)
     if stopped is not None or not result.converged.all():
@@ -142,17 +159,32 @@ def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_fai
         raise ValueError(f"on_failure must be 'raise' or 'warn', got {on_failure!r}")
 
 
-def _choose(method: str | Callable[..., tuple], options: dict[str, Any]) -> tuple[Callable[..., tuple], str]:
+def _choose(
+    method: str | Callable[..., tuple], options: dict[str, Any], operator: FisherOperator, k: int
+) -> tuple[Callable[..., tuple], str, dict[str, str]]:
+    """The solver, its name, and, where it was chosen here, why."""
+    why = {}
     if callable(method):
-        return method, getattr(method, "__name__", type(method).__name__)
+        return method, getattr(method, "__name__", type(method).__name__), why
+    if method == "auto" and not options:
+        m, n = operator.jacobian.shape
+        is_exact = min(m, n) <= 100 * k and m * n <= _SMALL
+        method = "exact" if is_exact else "golub_kahan"
+        why["method"] = f"{method}, since min(M, N) = {min(m, n)} {'≤' if min(m, n) <= 100 * k else '>'} 100 k" + (
+            "" if m * n <= _SMALL else f" and J has more than {_SMALL} elements"
+        )
+    elif method == "auto":
+        method = "golub_kahan"
+        why["method"] = "golub_kahan, since options are given"
     if method not in SOLVERS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, SOLVERS))} or a callable, got {method!r}")
+        names = ", ".join(map(repr, ("auto", *SOLVERS)))
+        raise ValueError(f"method must be one of {names} or a callable, got {method!r}")
     keywords = {p.name for p in inspect.signature(SOLVERS[method]).parameters.values() if p.kind == p.KEYWORD_ONLY}
     allowed = sorted(keywords - _OWN_OPTIONS)
     for option in options:
         if option not in allowed:
             raise TypeError(f"method {method!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}")
-    return SOLVERS[method], method
+    return SOLVERS[method], method, why
 
 
 def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:

@@ -35,8 +35,9 @@ def golub_kahan(
     free, their residuals. Where V is full, harmonic Ritz vectors of both ends replace it [2]_ [3]_.
 
     A Krylov space from one random vector holds one vector of each eigenspace. For k > 1 further random vectors join:
-    in a block from the start, where N − M ≥ k zeros are known; as soon as the start vector shows that F has more than
-    one null vector; or after convergence, orthogonal to what was found, to look for eigenvalues that were missed.
+    in a block from the start, where N − M ≥ k zeros are known; as soon as the share of the start vector in the smallest
+    Ritz vectors says that several eigenvalues lie there; or after convergence, orthogonal to what was found, to look for
+    eigenvalues that were missed.
 
     Parameters
     ----------
@@ -47,7 +48,8 @@ def golub_kahan(
     basis_memory : int
         Bytes for V.
     v0 : ndarray, shape (N,) or (N, p), optional
-        Where to start, in place of a random vector.
+        Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.01, so that no
+        eigenvector is left out.
     callback : callable, optional
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
@@ -76,6 +78,11 @@ def golub_kahan(
     """
     m, n = operator.jacobian.shape
     capacity = _capacity(n, k, operator.dtype.itemsize, max_basis, basis_memory)
+    if v0 is not None:
+        v0 = np.asarray(v0, dtype=np.float64)
+        v0 = v0[:, None] if v0.ndim == 1 else v0
+        if v0.ndim != 2 or len(v0) != n or not np.isfinite(v0).all() or not v0.any(axis=0).all():
+            raise ValueError(f"v0 must have shape ({n},) or ({n}, p), finite and without zero columns, got {v0.shape}")
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
     search = _Search(operator.linearization, top, bottom, tol, rng, capacity, maxiter or 10_000, callback)
     try:
@@ -240,7 +247,7 @@ class _Search:
         self.space = _Space(linearization, linearization.image.new_empty(0, linearization.image_size), capacity, 0.0)
         self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
         self.history: list[dict[str, Any]] = []
-        self.restarts = self.n_steps = self.next_check = 0
+        self.restarts = self.probes = self.n_steps = self.next_check = 0
         self.random: Tensor | None = None  # the random start, if there was one
         self.random_steps = 0  # from it to the first restart
         self.starts = 1  # how many vectors of an eigenspace can have been seen
@@ -250,11 +257,14 @@ class _Search:
     def find(self, block: int, v0: NDArray | None) -> None:
         """The wanted pairs, where repeated eigenvalues may be missed."""
         space = self.space
-        if v0 is None:
-            space.append(self._draw(block))
-            self.random, self.starts = space.w, len(space.w)
-        else:
-            space.append(np.asarray(v0, dtype=np.float64).reshape(space.n, -1).T)
+        start = self._draw(block)
+        if v0 is not None:
+            block = 1
+            start = 0.01 * start[:1] / np.linalg.norm(start[0]) + (v0 / np.linalg.norm(v0, axis=0)).sum(axis=1)
+        space.append(start)
+        self.starts = block
+        self.random = space.w if v0 is None else None
+        grown = False
         while True:
             theta, rho, y = self._next_ritz()
             aim = self.tol * theta[-1]
@@ -267,14 +277,17 @@ class _Search:
                 break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
-            elif self.nullity is None and self.bottom > 1 and theta[0] <= aim and self.random is not None:
-                count, deviation = self._estimate_nullity(y[:, theta <= aim])
-                if count - 2 * deviation > 1 and self.starts < self.k:
+            elif (
+                self.random is not None and not grown and self.starts < self.k <= self.bottom and theta[0] <= 100 * aim
+            ):
+                grown = True
+                count, deviation = self._estimate_number(y[:, theta <= 100 * aim])
+                if count - 2 * deviation > 1:
                     space.append(self._draw(self.k - self.starts))
             self._make_room(theta[-1])
         self.random_steps = self.random_steps or space.n_steps
         if self.bottom and theta[0] <= aim and self.random is not None:
-            self._estimate_nullity(y[:, theta <= aim])
+            self.nullity = self._estimate_number(y[:, theta <= aim])
         self.found = theta[wanted], rho[wanted], space.vectors(y[:, wanted])
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
         more = space.m if len(space.w) == 0 else space.m // 8
@@ -286,6 +299,7 @@ class _Search:
         p = 1
         while self.starts < self.k and self._may_miss() and self.lin.image_size > len(self.fixed):
             joined = self._probe(p)
+            self.probes += 1
             self.starts += p
             if not joined:
                 break
@@ -360,13 +374,12 @@ class _Search:
     def _draw(self, p: int) -> NDArray:
         return self.rng.standard_normal((p, self.lin.image_size))
 
-    def _estimate_nullity(self, null: NDArray) -> tuple[float, float]:
-        """How many of N eigenvalues are null to tol, by the share of the random start in their space; its deviation."""
+    def _estimate_number(self, y: NDArray) -> tuple[float, float]:
+        """How many of N eigenvalues stand behind some Ritz vectors: N × the random start's share in them; its deviation."""
         b = len(self.random)
-        share = (self.space.vectors(null) @ self.random.T).double().square().sum().item() / b
+        share = (self.space.vectors(y) @ self.random.T).double().square().sum().item() / b
         count = share * self.lin.image_size
-        self.nullity = count, math.sqrt(2 * count / b)
-        return self.nullity
+        return count, math.sqrt(2 * count / b)
 
     def _record(self, theta: NDArray, rho: NDArray) -> None:
         values, residuals = (self.space.scale**2 * x[::-1] for x in (theta, rho))
@@ -382,7 +395,11 @@ class _Search:
 
     def answer(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
         theta, _, rows = self.found
-        details: dict[str, Any] = {"restarts": self.restarts, "history": self.history}
+        start = "v0 and a random vector" if self.random is None else f"{len(self.random)} random vector(s)"
+        ground = f"the extreme Ritz pairs of a Krylov space from {start}"
+        if self.probes:
+            ground += f"; random vectors orthogonal to them, {self.probes} time(s), led to none beyond"
+        details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
         if self.nullity is not None:
             details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
                 *self.nullity
@@ -390,6 +407,7 @@ class _Search:
         if self.random is not None:
             epsilon = failure_bound(self.lin.image_size, self.random_steps)
             if epsilon < 1:
+                details["ground"] += "; λ_max's upper bound holds with probability 0.999"
                 details["lambda_max_upper"] = self.space.scale**2 * theta[-1] / (1 - epsilon)
         return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
 
