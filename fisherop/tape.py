@@ -203,14 +203,11 @@ class Tape:
         return (_take if parts == 1 else _put), ((*args[:parts], self.static(places), shape), {})
 
     def _change_views(self, changed: Tensor, node: Node) -> None:
-        """After a change in place: views of all of the tensor see it, views of a part must not be read."""
+        """After a change in place: constants are what they are now, other views must not be read."""
         sharing = self._sharing[changed.untyped_storage()._cdata]
         for tensor in [t for t in self._alive if id(t) in sharing and t is not changed]:
             if node.level == STATIC and self._of_tensor[id(tensor)].level == STATIC:
                 self._of_tensor[id(tensor)] = self.static(tensor.detach().clone())
-            elif tensor.is_contiguous() and changed.is_contiguous() and tensor.numel() == changed.numel():
-                args = (node, list(tensor.shape))
-                self._of_tensor[id(tensor)] = self._node(torch.reshape, args, {}, node.level, tensor)
             else:
                 self._stale.add(id(tensor))
 
@@ -232,10 +229,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func is aten.slice_scatter.default and len(args) > 4 and args[4] is not None
-        ):  # vmap overflows at "to the end"
-            args = (*args[:4], min(args[4], args[0].shape[args[2]]), *args[5:])
+        if func is aten.slice_scatter.default and len(args) > 4 and args[4] is not None:
+            args = (*args[:4], min(args[4], args[0].shape[args[2]]), *args[5:])  # vmap overflows at "to the end"
         if func is aten.mul.Scalar and args[0]._is_zerotensor():  # PyTorch would crash
             args = (torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:])
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):

@@ -131,7 +131,7 @@ LAYERS = {
     "slices": lambda: Call(lambda x: torch.ones_like(x).mul_(x).slice_scatter(x[..., ::2].square(), 3, step=2)),
     "imaginary": lambda: Call(lambda x: torch.exp(1j * x).imag),
     "widely transposed": lambda: nn.ConvTranspose2d(C, C, 2, dilation=2, output_padding=1, padding=1),
-    "gate of one": lambda: Call(lambda x: x.mean((0, 2, 3)).reshape(1, C, 1, 1).expand(x.shape) * x[:, :1]),
+    "gate of one": lambda: Call(lambda x: x.square().mean((0, 2, 3)).reshape(1, C, 1, 1).expand(x.shape) * x[:, :1]),
     "einsum": lambda: Call(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None]),
 }
 
