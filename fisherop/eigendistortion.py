@@ -56,7 +56,7 @@ class Eigendistortion:
 
     def synthesize(
         self,
-        method: str | Callable[..., tuple] = "eigsh",
+        method: str | Callable[..., tuple] = "auto",
         k: int | None = None,
         max_iter: int | None = None,
         p: int | None = None,

@@ -40,7 +40,8 @@ class EigenResult:
         Orthonormal columns, in the operator's dtype.
     eigenindex : ndarray of int, shape (K,)
         The rank that is claimed for each among all N: 0 for the largest, N − 1 for the smallest. Residuals are held
-        one by one, so that an index holds for the eigenvalue to within √K · tol · λ_max.
+        one by one, and in a cluster no wider than a few tol · λ_max one eigenvalue may stand for another, so that an
+        index holds for the eigenvalue to within 2 √K · tol · λ_max.
     residual_norms : ndarray, shape (K,)
         ‖F v − λ v‖₂.
     status : ndarray of Status, shape (K,)
@@ -56,9 +57,8 @@ class EigenResult:
     image_size, response_size : int
         N and M.
     lambda_max_bounds, lambda_min_bounds : (float, float)
-        Intervals for the extreme eigenvalues of F. From below λ_max is bounded by a Rayleigh quotient (from above by
-        the solver's own theory, or infinity); 0 ≤ λ_min ≤ a Rayleigh quotient, since F is positive semidefinite, and
-        λ_min = 0 where M < N.
+        Intervals for the extreme eigenvalues of F. The inner bounds are Rayleigh quotients; the outer ones come from
+        the solver's own theory, or are 0, since F is positive semidefinite, and infinity. λ_min = 0 where M < N.
     noise : float
         Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
         eigenvalues below 4 ε² λ_max are noise; the inequalities above are held with these margins.
@@ -110,7 +110,7 @@ class EigenResult:
         lines += [
             "",
             f"λ_max: {top:.5e} ≤ λ_max{above}",
-            f"λ_min: 0 ≤ λ_min ≤ {self.lambda_min_bounds[1]:.5e}{zero}",
+            f"λ_min: {self.lambda_min_bounds[0]:.5g} ≤ λ_min ≤ {self.lambda_min_bounds[1]:.5e}{zero}",
             f"extreme: {self.ground}",
             f"noise: residuals below {self.noise:.0e} λ_max are rounding",
         ]
@@ -221,6 +221,7 @@ def certify(
     elif ground is None:
         ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
     details = dict(details or {})
+    least = 0.0 if m < n else min((values.min(initial=np.inf) ** 0.5 + noise * scale**0.5) ** 2, low + noise * scale)
     return EigenResult(
         eigenvalues=values,
         eigenvectors=v,
@@ -232,8 +233,8 @@ def certify(
         n_products=operator.n_products - before,
         image_size=n,
         response_size=m,
-        lambda_max_bounds=(scale, max(scale, details.pop("lambda_max_upper", np.inf))),
-        lambda_min_bounds=(0.0, 0.0 if m < n else min(values.min(initial=np.inf), low + noise * scale)),
+        lambda_max_bounds=(scale, max(scale, details.pop("lambda_max_upper", np.inf) + 2 * noise * scale)),
+        lambda_min_bounds=(min(max(details.pop("lambda_min_lower", 0.0) - 2 * noise * scale, 0.0), least), least),
         noise=noise,
         ground=ground,
         details=details,

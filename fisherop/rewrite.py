@@ -298,12 +298,12 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
 
 
 def _guard(tape: Tape, out: Node) -> Node:
-    """Give a contiguous tensor to operations that may rely on it, where a convolution before has changed the layout."""
+    """Give a contiguous tensor to operations that may rely on it, where a layout has been changed by `_lay_out`."""
     changed: set[int] = set()
     new: dict[int, Node] = {}
     for node in needed([out], above=IMAGE):
         args, kwargs = _replace(node.args, new), _replace(node.kwargs, new)
-        hit = any(p.index in changed for p in node.parents)
+        hit = any(p.index in changed or (p.level < LINEAR and _is_nhwc(p.value)) for p in node.parents)
         if hit and not _takes_any_layout(node.op):
             args = tuple(
                 tape.linear(a.value, Tensor.contiguous, a) if _is_linear(a) and isinstance(a.value, Tensor) else a
@@ -314,6 +314,15 @@ def _guard(tape: Tape, out: Node) -> Node:
         if hit or node.op is _nhwc:
             changed |= {node.index, new[node.index].index}
     return new[out.index]
+
+
+def _is_nhwc(x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
 
 
 def _takes_any_layout(op: Callable) -> bool:

@@ -10,7 +10,7 @@ from fisherop.testing import linear_model, matrix_with_singular_values
 
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-ITERATIVE = ("eigsh", "lobpcg", "svds", "power")
+ITERATIVE = ("golub_kahan", "eigsh", "lobpcg", "svds", "power")
 METHODS = ("exact", *ITERATIVE)
 
 

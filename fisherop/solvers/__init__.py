@@ -63,15 +63,16 @@ def eigenpairs(
     which : {"both", "largest", "smallest"}
         The ends of the spectrum.
     method : str or callable
-        ``"auto"`` takes ``"exact"`` where min(M, N) / 2, its products, are at most 50 k and J and its decomposition
-        small, else ``"golub_kahan"``; ``details["method"]`` says so. Others are ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
-        ``"power"``, ``"randomized_svd"``; or a solver of your own, called as ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
+        ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
+        ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
+        ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
+        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
         dict, goes to ``result.details``, but its ``"ground"``, if it has one, to ``result.ground``. The values are
         recomputed.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
-        ‖J v‖² ≤ tol · λ_max. Solvers aim at half of it, so that rounding doesn't decide.
+        ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
     maxiter : int, optional
         The solver's own iterations; see there for the default.
     rng : int or Generator, optional

@@ -14,6 +14,8 @@ from torch import Tensor
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 
+_DELTA = 1e-3  # the probability of a wrong index, or bound, that is accepted
+
 
 def golub_kahan(
     operator: FisherOperator,
@@ -36,15 +38,15 @@ def golub_kahan(
 
     A Krylov space from one random vector holds one vector of each eigenspace. For k > 1 further random vectors join:
     in a block from the start, where N − M ≥ k zeros are known; as soon as the share of the start vector in the smallest
-    Ritz vectors says that several eigenvalues lie there; or after convergence, orthogonal to what was found, to look for
-    eigenvalues that were missed.
+    Ritz vectors says that several eigenvalues lie there; or after convergence, orthogonal to what was found, to look
+    for eigenvalues that were missed.
 
     Parameters
     ----------
     maxiter : int, optional
         Block steps, by default 10,000.
     max_basis : int, optional
-        Vectors in V, by default as many as `basis_memory` holds, at most 1000.
+        Vectors in V, by default as many as `basis_memory` holds, at most 1500.
     basis_memory : int
         Bytes for V.
     v0 : ndarray, shape (N,) or (N, p), optional
@@ -58,8 +60,8 @@ def golub_kahan(
     -------
     values (K,), vectors (N, K), details
         In details: ``nullity``, an estimate of the number of eigenvalues that are null to tol and its standard error,
-        where some are; ``history``; ``restarts``; ``lambda_max_upper``, an upper bound of λ_max that holds with
-        probability 0.999 over the random start.
+        where some are; ``history``, a list; ``restarts``. Outer bounds of λ_min and λ_max hold with probability 0.998
+        over the random start, see `chance_of_missing`.
 
     Raises
     ------
@@ -94,22 +96,39 @@ def golub_kahan(
     return search.answer()
 
 
-def failure_bound(n: int, steps: int, delta: float = 1e-3) -> float:
-    """ε such that after so many Lanczos steps from a random start λ_max ≤ θ / (1 − ε), with probability 1 − δ.
+def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArray, n: int) -> float:
+    """A bound on the probability that F has an eigenvalue x, beyond all Ritz values, that a Krylov space doesn't show.
 
-    J. Kuczyński and H. Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-    random start, SIAM J. Matrix Anal. Appl. 13 (1992), Theorem 4.2: the probability that the relative error of the
-    largest Ritz value θ of a positive definite matrix exceeds ε is at most ``1.648 √n exp(−√ε (2 steps − 1))``.
+    Let F V = V T + W C, and h the unit eigenvector. Then hᵀ(F V − x V) = 0 gives ``(T − x) Vᵀh = −Cᵀ Wᵀh``, so that the
+    share of h in the p random orthonormal vectors V S that the space began with, ``SᵀVᵀh``, has a norm of at most
+    ``q = ‖C (T − x)⁻¹ S‖₂``. For random vectors in n dimensions, n times its square is nearly χ² with p degrees of
+    freedom. For p = 1 this is the bound by Lanczos polynomials of J. L. M. van Dorsselaer, M. E. Hochstenbach and H. A.
+    van der Vorst, Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method,
+    SIAM J. Matrix Anal. Appl. 22 (2001). q falls as x goes outwards: what holds for x holds for anything beyond.
+
+    Parameters
+    ----------
+    x : float
+    theta : ndarray, shape (m,)
+        Ritz values.
+    residuals : ndarray, shape (b, m)
+        C times the eigenvectors of T.
+    start : ndarray, shape (p, m)
+        Sᵀ times the eigenvectors of T.
+    n : int
     """
-    root = math.log(1.648 * math.sqrt(n) / delta) / (2 * steps - 1)
-    return min(1.0, root) ** 2
+    if len(residuals) == 0:
+        return 0.0
+    p = len(start)
+    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2)
+    return min(1.0, (n * q**2 / 2) ** (p / 2) / math.gamma(p / 2 + 1))
 
 
 def _capacity(n: int, k: int, itemsize: int, max_basis: int | None, basis_memory: int) -> int:
     least = min(n, 6 * k + 20)
     if max_basis is not None and max_basis < least:
         raise ValueError(f"max_basis must be at least 6 k + 20, or N, here {least}, got {max_basis}")
-    affordable = min(1000 + 10 * k, basis_memory // (n * itemsize)) if max_basis is None else max_basis
+    affordable = min(1500, basis_memory // (n * itemsize)) if max_basis is None else max_basis
     if affordable < least:
         raise ValueError(
             f"basis_memory={basis_memory} holds {affordable} vectors of {n} elements, of at least {least} that k={k} "
@@ -136,7 +155,7 @@ class _Space:
         self.w = fixed[:0]
         self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
         self.scale = scale
-        self.n_steps = 0
+        self.is_restarted = False
 
     @property
     def m(self) -> int:
@@ -153,9 +172,9 @@ class _Space:
     def tensor(self, array: NDArray) -> Tensor:
         return torch.as_tensor(array, dtype=self.rows.dtype, device=self.rows.device)
 
-    def append(self, block: NDArray) -> None:
+    def append(self, block: Tensor) -> None:
         """Let vectors (p, N) join the next block; F V has no part in them."""
-        new = self.tensor(block / np.linalg.norm(block, axis=1).max())
+        new = block / torch.linalg.vector_norm(block, dim=1).max()
         for _ in range(2):
             new = _project(_project(new, self.rows[: self.n_fixed + self.m]), self.w)
             new, _ = self._orthonormal(new, floor=100 * self.eps)
@@ -165,10 +184,7 @@ class _Space:
     def expand(self) -> None:
         """W becomes part of V; what F makes of it, beyond V, becomes W."""
         m, b, w = self.m, len(self.w), self.w
-        images = self.lin.jvp(w.reshape(b, *self.lin.image_shape))
-        self.scale = self.scale or float(images.double().norm()) or 1.0
-        images = images / self.scale
-        fw = self.lin.vjp(images).reshape(b, -1) / self.scale
+        images, fw = self.multiply(w)
         images = images.double().cpu().numpy()
         h = images @ images.T
         # what is known of F W: its part in V, by symmetry, and in W
@@ -183,9 +199,18 @@ class _Space:
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
         w, r = self._orthonormal(fw, floor=self.eps * np.abs(t).max())
+        if b > 1:  # short directions of a block are not orthogonal to V yet; what they lose now is rounding
+            w, again = self._orthonormal(_project(w, basis), floor=0.5)
+            r = again @ r
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.t, self.w, self.c = t, w, np.hstack([np.zeros((len(r), m)), r])
-        self.n_steps += 1
+
+    def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """J times rows, and F times rows, before the projection."""
+        images = self.lin.jvp(rows.reshape(len(rows), *self.lin.image_shape))
+        self.scale = self.scale or float(images.double().norm()) or 1.0
+        images = images / self.scale
+        return images, self.lin.vjp(images).reshape(len(rows), -1) / self.scale
 
     def _orthonormal(self, block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
         """Q and C with block = Q C, without directions shorter than `floor`."""
@@ -225,6 +250,7 @@ class _Space:
             w = _project(w, self.rows[: self.n_fixed + self.m])
         self.w, r = self._orthonormal(w, floor=0.0)
         self.c = r @ c
+        self.is_restarted = True
 
 
 class _Search:
@@ -249,101 +275,159 @@ class _Search:
         self.history: list[dict[str, Any]] = []
         self.restarts = self.probes = self.n_steps = self.next_check = 0
         self.random: Tensor | None = None  # the random start, if there was one
-        self.random_steps = 0  # from it to the first restart
+        self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
         self.starts = 1  # how many vectors of an eigenspace can have been seen
+        self.largest = 0.0  # Ritz value
         self.nullity: tuple[float, float] | None = None
         self.before = linearization.n_products
 
     def find(self, block: int, v0: NDArray | None) -> None:
         """The wanted pairs, where repeated eigenvalues may be missed."""
-        space = self.space
         start = self._draw(block)
         if v0 is not None:
             block = 1
-            start = 0.01 * start[:1] / np.linalg.norm(start[0]) + (v0 / np.linalg.norm(v0, axis=0)).sum(axis=1)
-        space.append(start)
+            mean = self.space.tensor((v0 / np.linalg.norm(v0, axis=0)).sum(axis=1))
+            start = 0.01 * start[:1] / torch.linalg.vector_norm(start[0]) + mean
+        self.space.append(start)
         self.starts = block
-        self.random = space.w if v0 is None else None
-        grown = False
+        self.random = self.space.w if v0 is None else None
+        self._run()
+        space, (theta, _, y) = self.space, self.ritz
+        null = theta <= self.tol * self.largest
+        if self.bottom and null.any() and self.random is not None:
+            self.nullity = self._estimate_number(y[:, null])
+        self._bound()
+        # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
+        more = space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 8)
+        low = min(self.bottom + more, space.m)
+        ends = np.r_[:low, max(low, space.m - self.top - more) : space.m]
+        self.fixed, self.fixed_theta = space.vectors(y[:, ends]), theta[ends]
+
+    def look_for_missed(self) -> None:
+        """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
+        p, joined = 1, True
+        while joined and self.starts < self.k and self.lin.image_size > len(self.fixed):
+            joined = self._probe(p)
+            self.probes += 1
+            self.starts += p
+            p = self.k
+            if joined:  # what joins has converged beside the rest, not together with it
+                self.space = _Space(self.lin, self.fixed[:0], self.capacity, self.space.scale)
+                self.space.append(self.found[2])
+                self._run()
+
+    def _run(self) -> None:
+        """Go on until the wanted pairs have converged."""
+        space, self.next_check = self.space, 0
+        may_grow = self.random is not None and self.starts < self.k <= self.bottom
         while True:
-            theta, rho, y = self._next_ritz()
-            aim = self.tol * theta[-1]
+            self.ritz = theta, rho, y = self._next_ritz()
+            self.largest = max(self.largest, theta[-1])
+            aim = self.tol * self.largest
             wanted = self._wanted(len(theta))
             self._record(theta[wanted], rho[wanted])
-            bottom = slice(0, self.bottom)
-            settled = rho[wanted] <= aim
-            settled[bottom] |= theta[bottom] <= aim
+            # a pair stands for one eigenvalue, and the next has its index, only if it does not blend two
+            goal = np.full(len(wanted), 0.1 * aim)
+            goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] = aim
+            settled = rho[wanted] <= goal
+            settled[: self.bottom] |= theta[: self.bottom] <= aim
             if space.m == space.n or (space.m >= self.top + self.bottom and settled.all()):
                 break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
-            elif (
-                self.random is not None and not grown and self.starts < self.k <= self.bottom and theta[0] <= 100 * aim
-            ):
-                grown = True
+            elif may_grow and theta[0] <= 100 * aim:
+                may_grow = False
                 count, deviation = self._estimate_number(y[:, theta <= 100 * aim])
                 if count - 2 * deviation > 1:
                     space.append(self._draw(self.k - self.starts))
-            self._make_room(theta[-1])
-        self.random_steps = self.random_steps or space.n_steps
-        if self.bottom and theta[0] <= aim and self.random is not None:
-            self.nullity = self._estimate_number(y[:, theta <= aim])
+            self._make_room()
         self.found = theta[wanted], rho[wanted], space.vectors(y[:, wanted])
-        # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
-        more = space.m if len(space.w) == 0 else space.m // 8
-        low = min(self.bottom + more, space.m)
-        self.fixed = space.vectors(y[:, np.r_[:low, max(low, space.m - self.top - more) : space.m]])
-
-    def look_for_missed(self) -> None:
-        """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
-        p = 1
-        while self.starts < self.k and self._may_miss() and self.lin.image_size > len(self.fixed):
-            joined = self._probe(p)
-            self.probes += 1
-            self.starts += p
-            if not joined:
-                break
-            p = self.k
-
-    def _may_miss(self) -> bool:
-        """Where k = 1 any vector of the eigenspace will do, and there is nothing below zero."""
-        theta = self.found[0]
-        return self.top > 1 or (self.bottom > 1 and theta[self.bottom - 1] > self.tol * theta[-1])
 
     def _probe(self, p: int) -> bool:
         """Start from random vectors orthogonal to what was found; go on until the ends of the spectrum there are known.
 
-        They are when each Ritz pair that belongs among the wanted ones has converged, and the residual of the next says
-        that its eigenvalue does not.
+        They are when each Ritz pair that belongs among the wanted ones has converged, and others are improbable.
         """
-        theta, rho, rows = self.found
-        aim = self.tol * theta[-1]
-        below = theta[self.bottom - 1] - aim if self.bottom > 1 else -np.inf
-        above = theta[-self.top] + aim if self.top > 1 else np.inf
-        below = -np.inf if below <= 0 else below
+        theta, rho, _ = self.found
+        aim = self.tol * self.largest
+        low_end, high_end = theta[: self.bottom], theta[len(theta) - self.top :]
+        below = low_end[low_end < low_end[-1] - aim] if self.bottom and low_end[-1] > aim else low_end[:0]
+        above = high_end[high_end > high_end[0] + aim] if self.top else high_end[:0]
+        if not (len(below) or len(above)):
+            return False
         self.space = space = _Space(self.lin, self.fixed, self.capacity - len(self.fixed), self.space.scale)
         self.next_check = 0
         space.append(self._draw(p))
         while True:
-            t, r, y = self._next_ritz()
+            self.ritz = t, r, y = self._next_ritz()
             self._record(theta, rho)
-            low, high = t < below, t > above
-            settled = (r <= aim) | (low & (t <= aim))
-            inner = ~(low | high)
-            first, last = np.argmax(inner), len(t) - 1 - np.argmax(inner[::-1])
-            known = inner.any() and t[first] - r[first] >= below and t[last] + r[last] <= above
-            if settled[~inner].all() and (known or space.m == space.n):
+            # the pairs that belong among the wanted ones, so many as there can be of them, and the next
+            i = min(np.count_nonzero(t < low_end[-1] - aim), self.bottom) if len(below) else 0
+            j = min(np.count_nonzero(t > high_end[0] + aim), self.top) if len(above) else 0
+            joined = np.r_[:i, len(t) - j : len(t)]
+            converged = (r[joined] <= aim) | ((t[joined] <= aim) & (joined < i))
+            settled = i + j < len(t) or space.m == space.n
+            if len(below) and i < min(self.bottom, len(t)):
+                settled &= self._chance(low_end[-1] - aim, slice(i, len(t) - j), p) <= _DELTA
+            if len(above) and j < min(self.top, len(t)):
+                settled &= self._chance(high_end[0] + aim, slice(i, len(t) - j), p) <= _DELTA
+            if converged.all() and settled:
                 break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
-            self._make_room(theta[-1])
-        new = space.vectors(y[:, ~inner])
+            self._make_room()
+        if len(joined):
+            self._join(space.vectors(y[:, joined]))
+        return len(joined) > 0
+
+    def _chance(self, x: float, pairs: slice, p: int) -> float:
+        """The chance that an eigenvalue x is missed, where some Ritz pairs of the space are not converged.
+
+        The random start may be lost in a restart. Then the residual of the next pair decides: the missed vector, whose
+        share in the random start is about as large as that of the pair's own, would show in it.
+        """
+        theta, rho, y = (a[..., pairs] for a in self.ritz)
+        aim = self.tol * self.largest
+        open_ = (rho > aim) | (abs(theta - x) > 2 * aim)
+        if self.space.is_restarted:
+            distance = abs(theta[open_] - x)
+            return float((rho[open_] / distance)[np.argmin(distance)]) if len(distance) else 0.0
+        return chance_of_missing(x, theta[open_], (self.space.c @ y)[:, open_], y[:p, open_], self.space.n)
+
+    def _bound(self) -> None:
+        """Where no eigenvalue lies, but with probability 2 δ; from the random start, as long as the space holds it."""
+        space, (theta, _, y) = self.space, self.ritz
+        if self.random is None or self.bounds is not None or space.is_restarted:
+            return
+
+        def distance(end: float, sign: int, largest: float) -> float:
+            """The smallest at which the chance is at most δ."""
+            low, high = largest * space.eps, largest
+            args = theta, space.c @ y, y[: len(self.random)], space.n
+            if chance_of_missing(end + sign * high, *args) > _DELTA:
+                return np.inf
+            while high > 1.01 * low:
+                middle = math.sqrt(low * high)
+                low, high = (low, middle) if chance_of_missing(end + sign * middle, *args) <= _DELTA else (middle, high)
+            return high
+
+        lowest = max(theta[0], 0.0)
+        below = distance(lowest, -1, lowest) if lowest > 0 else np.inf
+        self.bounds = max(lowest - below, 0.0), theta[-1] + distance(theta[-1], 1, 1e3 * theta[-1])
+
+    def _join(self, new: Tensor) -> None:
+        """Ritz vectors from what was found and what joins it, by F times the latter."""
+        space, old = self.space, len(self.fixed)
+        _, f_new = space.multiply(new)
         self.fixed = torch.cat([self.fixed, new])
-        theta, rho, rows = np.r_[theta, t[~inner]], np.r_[rho, r[~inner]], torch.cat([rows, new])
-        order = np.argsort(theta, kind="stable")
-        order = order[self._wanted(len(order))]
-        self.found = theta[order], rho[order], rows[torch.as_tensor(order, device=rows.device)]
-        return len(new) > 0
+        beside = (self.fixed @ f_new.T).double().cpu().numpy()
+        t = np.zeros((len(self.fixed), len(self.fixed)))
+        t[:old, :old] = np.diag(self.fixed_theta)
+        t[:, old:], t[old:, :] = beside, beside.T
+        self.fixed_theta, y = np.linalg.eigh((t + t.T) / 2)
+        self.fixed = space.tensor(y.T) @ self.fixed
+        wanted = self._wanted(len(self.fixed))
+        self.found = self.fixed_theta[wanted], np.zeros(len(wanted)), self.fixed[torch.as_tensor(wanted)]
 
     def _next_ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Go on until it is time to look."""
@@ -357,13 +441,14 @@ class _Search:
                 self.next_check = space.m + max(1, space.m // 50)
                 return space.ritz()
 
-    def _make_room(self, largest: float) -> None:
+    def _make_room(self) -> None:
         space = self.space
         if space.is_full and space.m < space.n:
-            self.random_steps = self.random_steps or space.n_steps
+            self._bound()
             self.restarts += 1
             spare = (space.capacity - self.k) // 3
-            space.restart(self.bottom + spare, self.top + 3, max(self.tol / 10, 10 * space.eps) * largest)
+            low, high = (self.bottom + spare, self.top + 3) if self.bottom else (0, self.top + spare)
+            space.restart(low, high, max(self.tol / 10, 10 * space.eps) * self.largest)
             self.next_check = 0
 
     def _wanted(self, m: int) -> NDArray:
@@ -371,11 +456,11 @@ class _Search:
         top = min(self.top, m)
         return np.r_[: min(self.bottom, m - top), m - top : m]
 
-    def _draw(self, p: int) -> NDArray:
-        return self.rng.standard_normal((p, self.lin.image_size))
+    def _draw(self, p: int) -> Tensor:
+        return self.space.tensor(self.rng.standard_normal((p, self.lin.image_size)))
 
     def _estimate_number(self, y: NDArray) -> tuple[float, float]:
-        """How many of N eigenvalues stand behind some Ritz vectors: N × the random start's share in them; its deviation."""
+        """How many of N eigenvalues stand behind Ritz vectors: N × the random start's share in them; its deviation."""
         b = len(self.random)
         share = (self.space.vectors(y) @ self.random.T).double().square().sum().item() / b
         count = share * self.lin.image_size
@@ -395,20 +480,18 @@ class _Search:
 
     def answer(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
         theta, _, rows = self.found
-        start = "v0 and a random vector" if self.random is None else f"{len(self.random)} random vector(s)"
-        ground = f"the extreme Ritz pairs of a Krylov space from {start}"
+        start = "v0 and a random vector" if self.random is None else f"{len(self.random)} random vectors"
+        ground = f"extreme Ritz pairs of a Krylov space from {start.replace('1 random vectors', 'a random vector')}"
         if self.probes:
-            ground += f"; random vectors orthogonal to them, {self.probes} time(s), led to none beyond"
+            ground += ", and of another from random vectors orthogonal to them"
         details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
         if self.nullity is not None:
             details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
                 *self.nullity
             )
-        if self.random is not None:
-            epsilon = failure_bound(self.lin.image_size, self.random_steps)
-            if epsilon < 1:
-                details["ground"] += "; λ_max's upper bound holds with probability 0.999"
-                details["lambda_max_upper"] = self.space.scale**2 * theta[-1] / (1 - epsilon)
+        if self.bounds is not None:
+            details["ground"] += "; the outer bounds of λ_min and λ_max hold with probability 0.998"
+            details["lambda_min_lower"], details["lambda_max_upper"] = (self.space.scale**2 * x for x in self.bounds)
         return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
 
     def partial(self) -> tuple[NDArray, NDArray]:

@@ -1,0 +1,211 @@
+"""Both ends at once: claims on drawn spectra, costs on real ones, and what happens at the edges."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, linear_operator, small_image, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_solvers import assert_truthful
+
+from fisherop import ConvergenceError, FisherOperator, Status, eigenpairs
+from fisherop.solvers.golub_kahan import chance_of_missing
+from fisherop.testing import matrix_with_singular_values
+
+SPECTRA = {p.stem: np.load(p) for p in sorted((pathlib.Path(__file__).parent / "spectra").glob("*.npy"))}
+
+
+def diagonal(sigma):
+    """The model y = σ x: from a random start, every model of these singular values takes the same course."""
+    sigma = torch.as_tensor(sigma)
+    return FisherOperator(torch.zeros(len(sigma), dtype=sigma.dtype), lambda x: sigma * x)
+
+
+def solve(operator, k=1, which="both", **options):
+    return eigenpairs(operator, k, which, method="golub_kahan", progress=False, **{"rng": 0} | options)
+
+
+@st.composite
+def spectra(draw):
+    """A matrix (M, N) and the name of its kind of spectrum."""
+    size = st.integers(1, draw(st.sampled_from([12, 60, 300])))
+    m, n = draw(size), draw(size)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    r = min(m, n)
+    kind = draw(st.sampled_from(["flat", "geometric", "clustered", "repeated", "rank-deficient", "outlier", "random"]))
+    sigma = {
+        "flat": np.ones(r),
+        "geometric": 10 ** -np.linspace(0, draw(st.floats(0, 6)), r),
+        "clustered": np.repeat(rng.random(r // 5 + 1), 5)[:r] * (1 + 1e-6 * rng.random(r)),
+        "repeated": rng.choice([1.0, 0.5, 0.01], r),
+        "rank-deficient": rng.random(draw(st.integers(0, r))),
+        "outlier": np.r_[100.0, np.ones(r)][:r],
+        "random": rng.random(r),
+    }[kind]
+    matrix = matrix_with_singular_values(sigma * 10 ** draw(st.floats(-12, 12)), m, n, rng=rng)
+    return matrix.astype(np.float32).astype(np.float64)  # exact in both dtypes
+
+
+@given(
+    matrix=spectra(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 5), seed=st.integers(0, 2**32 - 1),
+    which=st.sampled_from(["both", "largest", "smallest"]), small=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_no_claim_is_false(matrix, dtype, k, seed, which, small):
+    n = matrix.shape[1]
+    k = min(k, n // 2 if which == "both" else n)
+    if k == 0:
+        return
+    options = {"max_basis": min(n, 6 * k + 20), "maxiter": 300} if small else {}
+    tol = 1e-5 if dtype == torch.float32 else 1e-6
+    try:
+        result = solve(linear_operator(matrix, dtype), k, which, rng=seed, tol=tol, **options)
+    except ConvergenceError as error:
+        result = error.result
+    assert_truthful(result, matrix)
+    truth = np.linalg.norm(matrix, 2) ** 2
+    assert result.lambda_max_bounds[0] <= truth * (1 + 1e-5)
+
+
+# products in the order of SPECTRA: of a published strategy at the smallest end, times 1.1, or 1.3 for a small basis
+LIMITS = {1: [49.5, 149.6, 55, 99, 39.6, 786.5], 3: [215.6, 385, 138.6, 266.2, 145.2, 1815]}
+
+
+@pytest.mark.parametrize(("k", "max_basis"), [(1, None), (1, 100), (3, None)])
+@pytest.mark.parametrize(("name", "i"), [(name, i) for i, name in enumerate(SPECTRA)], ids=list(SPECTRA))
+def test_products_to_both_ends_of_real_spectra(name, i, k, max_basis):
+    if k == 3 and "vgg" in name:
+        pytest.skip("takes a minute: benchmarks/both_ends.py")
+    sigma = SPECTRA[name]
+    options = {} if max_basis is None else {"max_basis": max_basis}
+    results = [solve(diagonal(sigma), k, rng=seed, **options) for seed in range(5)]
+    for result in results:
+        assert np.abs(result.eigenvalues - sigma[result.eigenindex] ** 2).max() <= 1e-6 * sigma[0] ** 2
+        low, high = result.lambda_min_bounds[0], result.lambda_max_bounds[1]
+        assert low <= sigma[-1] ** 2 * (1 + 1e-9) and sigma[0] ** 2 <= high <= 1.01 * sigma[0] ** 2
+    products = np.median([result.details["history"][-1]["n_products"] for result in results])
+    assert products <= LIMITS[k][i] * (1.3 / 1.1 if max_basis else 1)
+
+
+def test_the_chance_of_missing_an_eigenvalue():
+    """λ_max lies beyond the bound at δ in at most a share δ of runs; here δ = 0.1 and few Lanczos steps."""
+    rng = np.random.default_rng(0)
+    for block in (1, 2):
+        missed = []
+        for _ in range(600):
+            values = np.r_[1, np.linspace(0.9, 0, 59)] if rng.random() < 0.5 else np.sort(rng.random(60))[::-1]
+            v = np.linalg.qr(rng.standard_normal((60, block)))[0]
+            for _ in range(6 // block):
+                v = np.linalg.qr(np.hstack([v, values[:, None] * v[:, -block:]]))[0]
+            theta, y = np.linalg.eigh(v.T @ (values[:, None] * v))
+            residual = values[:, None] * (v @ y) - (v @ y) * theta
+            w = np.linalg.svd(residual)[0][:, :block].T @ residual  # C Y
+            if theta[-1] < values[0]:
+                missed.append(chance_of_missing(values[0], theta, w, y[:block], 60))
+        share = np.mean(np.array(missed) <= 0.1)
+        assert share <= 0.1 + 3 * (0.1 * 0.9 / len(missed)) ** 0.5 and len(missed) > 300
+
+
+@pytest.mark.parametrize(
+    ("sigma", "m", "n", "k"),
+    [
+        ([2.0], 1, 1, 1),
+        ([2.0], 1, 9, 3),
+        ([2.0], 9, 1, 1),
+        (np.ones(9), 9, 9, 4),
+        ([], 7, 8, 4),
+        (np.linspace(2, 1, 10), 10, 25, 5),
+        ([3, 3, 3, 1, 1, 1, 1e-4, 1e-4], 40, 30, 5),
+    ],
+    ids=["scalar", "one response", "one pixel", "identity", "zero", "wide", "rank-deficient"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exhausted_spaces(sigma, m, n, k, dtype):
+    matrix = matrix_with_singular_values(sigma, m, n).astype(np.float32).astype(np.float64)
+    for which in ("largest", "smallest", "both"):
+        if which != "both" or 2 * k <= n:
+            result = solve(linear_operator(matrix, dtype), k, which, tol=1e-5)
+            assert_truthful(result, matrix)
+            assert result.converged.all()
+    result = solve(linear_operator(matrix, dtype), n, "smallest", tol=1e-5)
+    assert_truthful(result, matrix)
+    assert result.converged.all() and len(result.eigenvalues) == n
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_repeated_eigenvalues_at_both_ends(k):
+    sigma = np.r_[[2.0] * 3, np.linspace(1.5, 1, 60), [0.5] * 4]
+    result = solve(diagonal(np.sort(sigma)[::-1].copy()), k)
+    np.testing.assert_allclose(result.eigenvalues, np.sort(sigma)[::-1][result.eigenindex] ** 2, atol=4e-6)
+
+
+def test_nullity_is_estimated_with_its_error():
+    sigma = np.r_[np.linspace(2, 1, 150), np.zeros(50)]
+    details = solve(diagonal(sigma)).details["nullity"]
+    count, deviation = (float(x) for x in details.removeprefix("about ").split(" eigen")[0].split(" ± "))
+    assert abs(count - 50) <= 4 * deviation and 5 <= deviation <= 20
+
+
+def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
+    operator = diagonal(SPECTRA["onoff_56"])
+    cold = solve(operator)
+
+    def interrupt(state):
+        assert len(state["largest"][0]) == 1 and len(state["smallest"][1]) <= 1
+        if state["n_products"] >= 0.8 * cold.n_products:
+            raise KeyboardInterrupt
+
+    with pytest.raises(ConvergenceError, match="was interrupted; v0=result") as caught:
+        solve(operator, callback=interrupt)
+    partial = caught.value.result
+    assert list(partial.eigenindex) == [0, 3135] and partial.n_products < 1.2 * cold.n_products
+    result = solve(operator, v0=partial.eigenvectors)
+    assert result.converged.all() and result.n_products < cold.n_products
+
+
+def test_a_start_that_holds_no_extreme_vector_is_no_trap():
+    sigma = np.linspace(2, 1, 40)
+    result = solve(diagonal(sigma), v0=np.eye(40)[:, 20])
+    np.testing.assert_allclose(result.eigenvalues, [4, 1], rtol=1e-5)
+
+
+def test_same_seed_same_bits():
+    first, second = (solve(FisherOperator(small_image(), small_model()), 2, rng=3) for _ in range(2))
+    assert np.array_equal(first.eigenvectors, second.eigenvectors)
+
+
+def test_history_and_details():
+    result = solve(diagonal(np.linspace(2, 1, 50)))
+    products = [entry["n_products"] for entry in result.details["history"]]
+    assert products == sorted(products) and products[-1] < result.n_products
+    assert "history" not in str(result) and "hold with probability 0.998" in result.ground
+    assert result.status.tolist() == [Status.EIGENPAIR] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_basis": 5}, "max_basis must be at least 6 k \\+ 20, or N, here 26, got 5"),
+        ({"basis_memory": 1000}, "basis_memory=1000 holds 3 vectors of 40 elements, of at least 26 .* pass basis_mem"),
+        ({"v0": np.ones(3)}, r"v0 must have shape \(40,\) or \(40, p\), .* got \(3, 1\)"),
+        ({"v0": np.zeros(40)}, "without zero columns"),
+        ({"v0": np.full(40, np.nan)}, "v0 must have .* finite"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        solve(diagonal(np.linspace(2, 1, 40)), **options)
+
+
+def test_too_few_steps():
+    with pytest.raises(ConvergenceError, match="golub_kahan took 5 steps") as caught:
+        solve(diagonal(SPECTRA["onoff_56"]), maxiter=5)
+    assert len(caught.value.result.eigenvalues) == 2
+
+
+@pytest.mark.parametrize(("n", "k", "method"), [(90, 1, "exact"), (101, 1, "golub_kahan"), (101, 2, "exact")])
+def test_auto(n, k, method):
+    result = eigenpairs(diagonal(np.linspace(2, 1, n)), k, rng=0, progress=False)
+    assert result.method == method and result.details["method"].startswith(f"{method}, since min(M, N) = {n}")
