@@ -15,7 +15,7 @@ from fisherop import ConvergenceError, FisherOperator, eigenpairs
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
 
-METHODS = ("exact", "eigsh", "lobpcg", "svds", "power", "randomized_svd")
+METHODS = ("exact", "golub_kahan", "eigsh", "lobpcg", "svds", "power", "randomized_svd")
 
 
 def photograph(size: int) -> torch.Tensor:

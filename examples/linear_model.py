@@ -22,7 +22,7 @@ for name, x in (("ones", torch.ones(1, n).double()), ("random", torch.tensor(np.
     assert np.array_equal(ed.compute_jacobian(), matrix)
     print(f"\nx of {name}: the Jacobian is M. Largest eigenvalue {sigma[0] ** 2:.6f}, smallest 0.")
     print(f"{'method':>15}  {'λ_max':>9}  {'error':>7}  {'λ_min':>7}  {'in null space':>13}  {'products':>8}")
-    for method in ("exact", "eigsh", "lobpcg", "svds", "power", "randomized_svd"):
+    for method in ("exact", "golub_kahan", "eigsh", "lobpcg", "svds", "power", "randomized_svd"):
         note = ""
         try:
             result = ed.synthesize(method, rng=0).result

@@ -160,7 +160,7 @@ def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
     with pytest.raises(ConvergenceError, match="was interrupted; v0=result") as caught:
         solve(operator, callback=interrupt)
     partial = caught.value.result
-    assert list(partial.eigenindex) == [0, 3135] and partial.n_products < 1.2 * cold.n_products
+    assert list(partial.eigenindex) == [0, 3135] and not partial.converged.all()
     result = solve(operator, v0=partial.eigenvectors)
     assert result.converged.all() and result.n_products < cold.n_products
 

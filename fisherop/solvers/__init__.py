@@ -167,16 +167,17 @@ def _choose(
     why = {}
     if callable(method):
         return method, getattr(method, "__name__", type(method).__name__), why
-    if method == "auto" and not options:
+    if method == "auto":
         m, n = operator.jacobian.shape
-        is_exact = min(m, n) <= 100 * k and m * n <= _SMALL
-        method = "exact" if is_exact else "golub_kahan"
-        why["method"] = f"{method}, since min(M, N) = {min(m, n)} {'≤' if min(m, n) <= 100 * k else '>'} 100 k" + (
-            "" if m * n <= _SMALL else f" and J has more than {_SMALL} elements"
-        )
-    elif method == "auto":
-        method = "golub_kahan"
-        why["method"] = "golub_kahan, since options are given"
+        if options:
+            method, reason = "golub_kahan", "options are given"
+        elif min(m, n) > 100 * k:
+            method, reason = "golub_kahan", f"min(M, N) = {min(m, n)} > 100 k"
+        elif m * n > _SMALL:
+            method, reason = "golub_kahan", f"J has {m * n} elements, more than {_SMALL}"
+        else:
+            method, reason = "exact", f"min(M, N) = {min(m, n)} ≤ 100 k"
+        why["method"] = f"{method}, since {reason}"
     if method not in SOLVERS:
         names = ", ".join(map(repr, ("auto", *SOLVERS)))
         raise ValueError(f"method must be one of {names} or a callable, got {method!r}")
@@ -241,7 +242,7 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
     if Status.NOT_EXTREME in result.status or (stopped is not None and result.response_size < result.image_size):
         advice = (
             "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
-            "method='lobpcg' or 'exact'"
+            "method='golub_kahan' or 'exact'"
         )
     elif result.noise > result.tol / 4:
         advice = (
