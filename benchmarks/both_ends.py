@@ -1,0 +1,167 @@
+"""Products and seconds to both ends of the spectrum, and the true error of what each method returns.
+
+Linear models of real spectra (``tests/spectra``), whose truth is known, and networks with random weights, whose vectors
+are judged in float64 against a long run in float64. One thread. Prints a Markdown table, writes ``both_ends.json``;
+ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic.
+
+    python benchmarks/both_ends.py [--problems NAME ...] [--methods NAME ...] [--k 1 3] [--tol 1e-4 1e-6]
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+import unittest.mock
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fisherop import ConvergenceError, FisherOperator, LayerResponse, eigenpairs
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.append(str(pathlib.Path(__file__).parent))
+from methods import photograph
+from models import OnOff
+from products import with_random_head
+
+SPECTRA = pathlib.Path(__file__).parents[1] / "tests" / "spectra"
+METHODS = ("auto", "eigsh", "lobpcg", "svds", "power", "randomized_svd")
+PLENOPTIC = {"plenoptic, 400 iterations": 400, "plenoptic, 2000 iterations": 2000}
+MAXITER = {"power": 6000}
+
+
+class Spectrum(nn.Module):
+    """y = σ · Q x, with the orthogonal Q of a real Fourier transform after random signs."""
+
+    def __init__(self, sigma: NDArray) -> None:
+        super().__init__()
+        n = len(sigma)
+        self.register_buffer("sigma", torch.as_tensor(sigma))
+        self.register_buffer("signs", torch.as_tensor(np.random.default_rng(0).choice([-1.0, 1.0], n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.fft.rfft(self.signs * x.flatten(), norm="ortho")
+        inner = z[1:-1] * 2**0.5  # N is even
+        return self.sigma * torch.cat([z.real[:1], z.real[-1:], inner.real, inner.imag])
+
+
+def problems() -> dict[str, Callable[[], tuple[Tensor, nn.Module, NDArray | None]]]:
+    """Image, model, and all singular values where they are known."""
+    found: dict[str, Callable] = {}
+    for path in sorted(SPECTRA.glob("*.npy")):
+        sigma = np.load(path)
+        found[path.stem] = lambda s=sigma: (torch.zeros(1, 1, 1, len(s), dtype=torch.float64), Spectrum(s), s)
+    found["On–Off"] = lambda: (photograph(128).float(), OnOff(), None)
+    if importlib.util.find_spec("torchvision"):
+        import torchvision.models as tv
+
+        def network(build: Callable[[], nn.Module], size: int = 128) -> tuple[Tensor, nn.Module, None]:
+            torch.manual_seed(0)
+            return torch.rand(1, 3, size, size), build(), None
+
+        for layer in ("maxpool", "layer2.0", "layer4"):
+            found[f"ResNet18 {layer}"] = lambda x=layer: network(lambda: LayerResponse(tv.resnet18(), x))
+        found["VGG16 features.11"] = lambda: network(lambda: LayerResponse(tv.vgg16(), "features.11"))
+        found["ViT-B/16"] = lambda: network(lambda: with_random_head(tv.vit_b_16(), "heads.head"), 224)
+    return found
+
+
+def judge(operator: FisherOperator, vectors: NDArray) -> NDArray:
+    """Rayleigh quotients of F in float64, of vectors by whoever found them: the independent word."""
+    v = np.linalg.qr(np.asarray(vectors, dtype=np.float64))[0]
+    return np.sort(np.linalg.svd(operator.jacobian.matmat(v), compute_uv=False) ** 2)[::-1]
+
+
+def by_plenoptic(image: Tensor, model: nn.Module, k: int, iterations: int) -> tuple[NDArray, NDArray, int]:
+    from plenoptic._synthesize import eigendistortion
+
+    products, multiply = 0, eigendistortion._fisher_info_matrix_vector_product
+
+    def counted(y: Tensor, x: Tensor, v: Tensor, dummy: Tensor) -> Tensor:
+        nonlocal products
+        products += v.shape[1]
+        return multiply(y, x, v, dummy)
+
+    with unittest.mock.patch.object(eigendistortion, "_fisher_info_matrix_vector_product", counted):
+        ed = eigendistortion.Eigendistortion(image, model)
+        ed.synthesize(method="power", k=k, max_iter=iterations)
+    vectors = ed.eigendistortions.detach().flatten(1).double().numpy().T
+    return vectors[:, :k], vectors[:, k:], products
+
+
+def run(method: str, image: Tensor, model: nn.Module, k: int, tol: float) -> tuple[dict, NDArray, NDArray]:
+    start = time.perf_counter()
+    if method in PLENOPTIC:
+        torch.manual_seed(0)
+        top, bottom, products = by_plenoptic(image, model, k, PLENOPTIC[method])
+        return {"seconds": time.perf_counter() - start, "products": products, "outcome": ""}, top, bottom
+    operator = FisherOperator(image, model)
+    which = "largest" if method == "randomized_svd" else "both"
+    try:
+        result = eigenpairs(
+            operator, k, which, method=method, tol=tol, rng=0, maxiter=MAXITER.get(method), progress=False
+        )
+        outcome = "converged"
+    except ConvergenceError as error:
+        result, outcome = error.result, "ConvergenceError"
+    from_top = result.eigenindex < k
+    seconds = time.perf_counter() - start
+    row = {"seconds": seconds, "products": result.n_products, "outcome": outcome}
+    return row, result.eigenvectors[:, from_top], result.eigenvectors[:, ~from_top]
+
+
+def main() -> None:
+    names = problems()
+    methods = [*METHODS, *(PLENOPTIC if importlib.util.find_spec("plenoptic") else ())]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--problems", nargs="+", default=list(names))
+    parser.add_argument("--methods", nargs="+", default=methods)
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--tol", type=float, nargs="+", default=[1e-4, 1e-6])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("both_ends.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    columns = "problem|k|tol|method|products|seconds|error of the top|λ of the bottom|error of the bottom|outcome"
+    print("Errors, and λ, of the worst of k pairs, are relative to λ_max.\n")
+    print(f"| {columns.replace('|', ' | ')} |")
+    print("|---" * (columns.count("|") + 1) + "|")
+    rows = []
+    for name in options.problems:
+        image, model, sigma = names[name]()
+        model = model.eval()
+        exact = FisherOperator(image.double(), copy.deepcopy(model).double())
+        for k in options.k:
+            if sigma is None:
+                truth = eigenpairs(exact, k, rng=1, tol=1e-8, progress=False, on_failure="warn").eigenvalues
+            else:
+                truth = sigma[np.r_[:k, len(sigma) - k : len(sigma)]] ** 2
+            for tol in options.tol:
+                for method in options.methods:
+                    if method in PLENOPTIC and tol != options.tol[0]:
+                        continue
+                    row, top, bottom = run(method, image, model, k, tol)
+                    high, low = (judge(exact, v) / truth[0] for v in (top, bottom))
+                    row |= {"problem": name, "k": k, "tol": tol, "method": method}
+                    row["top_error"] = float(np.abs(high - truth[: len(high)] / truth[0]).max(initial=0.0))
+                    row["bottom"] = float(low.max()) if len(low) else None
+                    row["bottom_error"] = float(
+                        np.abs(low - truth[len(truth) - len(low) :] / truth[0]).max(initial=0.0)
+                    )
+                    rows.append(row)
+                    low_text = f"{row['bottom']:.2e} | {row['bottom_error']:.0e}" if len(low) else " | "
+                    print(
+                        f"| {name} | {k} | {tol:.0e} | {method} | {row['products']:g} | {row['seconds']:.2f} "
+                        f"| {row['top_error']:.0e} | {low_text} | {row['outcome']} |",
+                        flush=True,
+                    )
+                    options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
