@@ -65,7 +65,7 @@ class Traced:
     @staticmethod
     def forget(image: Tensor, model: Any) -> None:
         """Keep no program for images of this kind."""
-        _PROGRAMS[model].pop(_kind(image), None)
+        _PROGRAMS.get(model, {}).pop(_kind(image), None)
 
     @property
     def chunk_size(self) -> int:

@@ -114,18 +114,18 @@ class Linearization:
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
-        engine = Traced.resume(self.image, self.model)
-        if engine is None:
-            return False
-        self._engine = engine
-        v = self._random((1, *self.image_shape), seed=0)
         try:
+            engine = Traced.resume(self.image, self.model)
+            if engine is None:
+                return False
+            self._engine = engine
+            v = self._random((1, *self.image_shape), seed=0)
             response, reference = self._forward_mode(v)
             self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
             self.response = response.reshape(self._leaf_shape)
             self._check_engine(v, reference, chunk_size or engine.chunk_size)
         except (RuntimeError, ValueError) as error:
-            engine.forget(self.image, self.model)
+            Traced.forget(self.image, self.model)
             self._report(f"traced: the program of an earlier image is rejected, {error}")
             return False
         self._report(self._in_use("traced", "by the program of an earlier image, "))

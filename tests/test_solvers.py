@@ -194,7 +194,7 @@ def test_own_solver_that_lies_is_found_out(column):
     v = np.linalg.svd(matrix)[2].T
 
     def liar(operator, k, which, *, tol, maxiter, rng):
-        return np.array([9.0, 1.0]), v[:, [column, 29 - column]]
+        return np.array([9.0, 1.0]), v[:, [column, 29 - column]], {"ground": "believe me"}
 
     with pytest.raises(ConvergenceError, match="not extreme"):
         eigenpairs(linear_operator(matrix), method=liar, rng=0, progress=False)

@@ -68,8 +68,7 @@ def eigenpairs(
         ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
         ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
-        dict, goes to ``result.details``, but its ``"ground"``, if it has one, to ``result.ground``. The values are
-        recomputed.
+        dict, goes to ``result.details``. The values are recomputed.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
@@ -119,7 +118,8 @@ def eigenpairs(
             stopped, details = error, {}
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
-        ground = details.pop("ground", None)
+        # what our own solvers say; all others are examined
+        ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
         result = certify(
             operator,
             _rayleigh_ritz(operator, vectors),
