@@ -31,7 +31,9 @@ from models import OnOff
 from products import with_random_head
 
 SPECTRA = pathlib.Path(__file__).parents[1] / "tests" / "spectra"
-METHODS = ("auto", "eigsh", "lobpcg", "svds", "power", "randomized_svd")
+METHODS = ["auto", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
+if importlib.util.find_spec("primme"):
+    METHODS.append("primme")
 PLENOPTIC = {"plenoptic, 400 iterations": 400, "plenoptic, 2000 iterations": 2000}
 MAXITER = {"power": 6000}
 

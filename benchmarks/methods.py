@@ -3,6 +3,7 @@
 Prints a Markdown table; the README's was made by it. Run with no argument, a few minutes on 2 cores.
 """
 
+import importlib.util
 import pathlib
 import sys
 
@@ -15,7 +16,9 @@ from fisherop import ConvergenceError, FisherOperator, eigenpairs
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
 
-METHODS = ("exact", "golub_kahan", "eigsh", "lobpcg", "svds", "power", "randomized_svd")
+METHODS = ["exact", "golub_kahan", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
+if importlib.util.find_spec("primme"):
+    METHODS.append("primme")
 
 
 def photograph(size: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Models, devices and tolerances that the tests share."""
 
+import importlib.util
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -12,6 +14,8 @@ DTYPES = (torch.float32, torch.float64)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ITERATIVE = ("golub_kahan", "eigsh", "lobpcg", "svds", "power")
 METHODS = ("exact", *ITERATIVE)
+if importlib.util.find_spec("primme"):
+    METHODS = (*METHODS, "primme")
 
 
 def eps(dtype) -> float:

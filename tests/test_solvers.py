@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg as sla
@@ -325,6 +327,12 @@ SQUARE = matrix_with_singular_values(np.linspace(3, 1, 8), 8, 8)
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         eigenpairs(linear_operator(SQUARE), progress=False, **arguments)
+
+
+def test_primme_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "primme", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fisherop\[primme\]'"):
+        eigenpairs(linear_operator(SQUARE), method="primme", progress=False)
 
 
 def test_bad_operator():

@@ -29,11 +29,12 @@ from fisherop.solvers.exact import exact
 from fisherop.solvers.golub_kahan import golub_kahan
 from fisherop.solvers.lobpcg import lobpcg
 from fisherop.solvers.power import power
+from fisherop.solvers.primme import primme
 from fisherop.solvers.randomized_svd import randomized_svd
 from fisherop.solvers.svds import svds
 
 SOLVERS: dict[str, Callable[..., tuple]] = {
-    solver.__name__: solver for solver in (golub_kahan, exact, eigsh, lobpcg, svds, power, randomized_svd)
+    solver.__name__: solver for solver in (golub_kahan, exact, eigsh, lobpcg, svds, primme, power, randomized_svd)
 }
 _OWN_OPTIONS = {"tol", "maxiter", "rng"}
 _SMALL = 2**24  # elements of a Jacobian that "auto" makes dense
@@ -65,7 +66,7 @@ def eigenpairs(
     method : str or callable
         ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
         ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
-        ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
+        ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
         ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
         dict, goes to ``result.details``. The values are recomputed.

@@ -1,0 +1,78 @@
+"""Generalized Davidson with locally optimal restarts (GD+k), of the package PRIMME, an optional extra."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse.linalg as sla
+from numpy.typing import NDArray
+
+from fisherop.operators import FisherOperator
+from fisherop.result import SolverStopped, ritz_extremes
+
+
+def primme(
+    operator: FisherOperator,
+    k: int,
+    which: str,
+    *,
+    tol: float,
+    maxiter: int | None,
+    rng: np.random.Generator,
+    ncv: int | None = None,
+    preconditioner: sla.LinearOperator | NDArray | None = None,
+) -> tuple[NDArray, NDArray]:
+    """Both ends of F itself, by ``primme.eigsh``.
+
+    A. Stathopoulos and J. R. McCombs, PRIMME: preconditioned iterative multimethod eigensolver, ACM Trans. Math. Softw.
+    37 (2010).
+
+    Parameters
+    ----------
+    maxiter : int, optional
+        Outer iterations at each end, by default 20,000.
+    ncv : int, optional
+        Basis vectors, by default PRIMME's choice.
+    preconditioner : operator, shape (N, N), optional
+        An approximate inverse of F, for the smallest end.
+
+    Raises
+    ------
+    ValueError
+        k ≥ N.
+    ModuleNotFoundError
+        PRIMME is not installed.
+    SolverStopped
+        PRIMME did not converge.
+    """
+    try:
+        import primme as package
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "method='primme' needs the package primme: pip install 'fisherop[primme]', with OpenBLAS and LAPACK at hand"
+        ) from error
+    n = operator.shape[0]
+    if k >= n:
+        raise ValueError(f"method='primme' needs k < N, got k={k} and N={n}: use method='exact'")
+    nothing = np.empty((n, 0))
+    scale = ritz_extremes(operator, nothing, 1, rng)[1] or 1.0
+    fisher = operator.in_float64(scale)
+    found: dict[str, tuple[NDArray, NDArray]] = {}
+    for end in ("largest", "smallest") if which == "both" else (which,):
+        try:
+            values, vectors = package.eigsh(
+                fisher,
+                k,
+                which="LA" if end == "largest" else "SA",
+                v0=rng.standard_normal((n, 1)),
+                ncv=ncv,
+                maxiter=maxiter or 20_000,
+                tol=tol,  # relative to the norm of F
+                method="PRIMME_DEFAULT_MIN_MATVECS",
+                OPinv=preconditioner if end == "smallest" else None,
+            )
+        except package.PrimmeError as error:
+            largest = found["largest"][1] if found else nothing
+            raise SolverStopped(f"PRIMME at the {end} end: {error}", largest, nothing) from error
+        order = np.argsort(values)[::-1]
+        found[end] = scale * values[order], vectors[:, order]
+    return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
