@@ -136,7 +136,7 @@ def main() -> None:
     rows = []
     for name in options.problems:
         image, model, sigma = names[name]()
-        model = model.eval()
+        model = model.eval().requires_grad_(False)  # as plenoptic wants it
         exact = FisherOperator(image.double(), copy.deepcopy(model).double())
         for k in options.k:
             if sigma is None:
