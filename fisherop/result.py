@@ -212,7 +212,8 @@ def certify(
     low, high = ritz_extremes(operator, v, probe, rng)
     noise = _noise(jacobian, v, max(values.max(initial=0.0), high) ** 0.5, rng)
     scale = max(values.max(initial=0.0), high * (1 - noise))
-    order = _check_order(values, 1000 * np.finfo(operator.dtype).eps * values.max(initial=0.0) + 100 * noise**2 * scale)
+    eps = float(np.finfo(operator.dtype).eps)
+    order = _check_order(values, 1000 * eps * values.max(initial=0.0) + 100 * max(noise, eps) ** 2 * scale)
     v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
     if Status.NOT_EXTREME in status:
