@@ -182,3 +182,13 @@ def test_float32_margin_is_noise():
     F, v, _ = known(dtype=DTYPES[0])
     result = certify(F, v[:, :1], [0], tol=1e-8, rng=0)
     assert 1e-9 < result.noise < 1e-6 and result.status[0] == Status.UNCONVERGED
+
+
+def test_order_within_a_null_space_is_rounding(monkeypatch):
+    """Also where the noise happens to be measured as zero."""
+    monkeypatch.setattr("fisherop.result._noise", lambda *_: 0.0)
+    row = np.random.default_rng(0).standard_normal((1, 10))
+    null = np.linalg.svd(row)[2][1:].T[:, :2]
+    for vectors in (null, null[:, ::-1]):
+        result = certify(linear_operator(row), vectors, [8, 9])
+        assert result.status.tolist() == [Status.NULL] * 2 and (np.diff(result.eigenvalues) <= 0).all()
