@@ -134,6 +134,13 @@ def test_exhausted_spaces(sigma, m, n, k, dtype):
     assert result.converged.all() and len(result.eigenvalues) == n
 
 
+def test_the_ground_names_a_second_start_only_where_there_was_one():
+    second = "and of another from random vectors orthogonal to them"
+    assert second in solve(diagonal(np.linspace(2, 1, 40)), 2).ground
+    assert second not in solve(diagonal(np.ones(40)), 2).ground  # whatever is missed has the same eigenvalue
+    assert second not in solve(diagonal(np.linspace(2, 1, 40)), 1).ground
+
+
 @pytest.mark.parametrize("k", [2, 5])
 def test_repeated_eigenvalues_at_both_ends(k):
     sigma = np.r_[[2.0] * 3, np.linspace(1.5, 1, 60), [0.5] * 4]

@@ -308,7 +308,6 @@ class _Search:
         p, joined = 1, True
         while joined and self.starts < self.k and self.lin.image_size > len(self.fixed):
             joined = self._probe(p)
-            self.probes += 1
             self.starts += p
             p = self.k
             if joined:  # what joins has converged beside the rest, not together with it
@@ -354,7 +353,8 @@ class _Search:
         below = low_end[low_end < low_end[-1] - aim] if self.bottom and low_end[-1] > aim else low_end[:0]
         above = high_end[high_end > high_end[0] + aim] if self.top else high_end[:0]
         if not (len(below) or len(above)):
-            return False
+            return False  # nothing that is missed could change an index
+        self.probes += 1
         self.space = space = _Space(self.lin, self.fixed, self.capacity - len(self.fixed), self.space.scale)
         self.next_check = 0
         space.append(self._draw(p))
