@@ -34,6 +34,8 @@ SPECTRA = pathlib.Path(__file__).parents[1] / "tests" / "spectra"
 METHODS = ["auto", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
 if importlib.util.find_spec("primme"):
     METHODS.append("primme")
+if importlib.util.find_spec("plenoptic"):
+    from plenoptic._synthesize import eigendistortion
 PLENOPTIC = {"plenoptic, 400 iterations": 400, "plenoptic, 2000 iterations": 2000}
 MAXITER = {"power": 6000}
 
@@ -81,8 +83,6 @@ def judge(operator: FisherOperator, vectors: NDArray) -> NDArray:
 
 
 def by_plenoptic(image: Tensor, model: nn.Module, k: int, iterations: int) -> tuple[NDArray, NDArray, int]:
-    from plenoptic._synthesize import eigendistortion
-
     products, multiply = 0, eigendistortion._fisher_info_matrix_vector_product
 
     def counted(y: Tensor, x: Tensor, v: Tensor, dummy: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ are called without gradients being recorded. Where k = 1, nothing is vectorised.
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from fisherop.rewrite import lower, simplify
 from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
 
+_LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
@@ -71,15 +74,6 @@ class Traced:
     def chunk_size(self) -> int:
         return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self._program.largest_bytes))
 
-    @property
-    def vectorises(self) -> bool | None:
-        """Whether blocks of products are worth more than a loop; None before that was tried."""
-        return self._program.vectorises
-
-    @vectorises.setter
-    def vectorises(self, value: bool) -> None:
-        self._program.vectorises = value
-
     def jvp(self, tangents: Tensor) -> Tensor:
         return self._program.product("jvp", self._constants, tangents)
 
@@ -111,27 +105,39 @@ class _Program:
         self.statics = statics
         self.largest_bytes = largest_bytes
         self.reads_image = reads_image
-        self.vectorises: bool | None = None
-        self._blocks: dict[tuple[str, int], Callable[..., tuple]] = {}
+        self._blocks: dict[tuple[str, int], Callable[..., tuple] | None] = {}
 
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
         block = block.contiguous()  # as in the recording, where layouts decided which copies were made
         key = direction, len(block)
         if key not in self._blocks:
-            generator = torch.Generator().manual_seed(0)
-            trial = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
-            program = self._vectorised(self.single[direction], constants, trial)
-            if len(block) > 1:
-                self._check(program, direction, constants, trial)
-            self._blocks[key] = program
-        return self._blocks[key](block, *constants)[0]
+            self._blocks[key] = self._of_block(direction, constants, block)
+        program = self._blocks[key]
+        if program is None:
+            return torch.cat([self.product(direction, constants, one) for one in block.split(1)])
+        return program(block, *constants)[0]
 
-    def _check(self, program: Callable[..., tuple], direction: str, constants: list[Tensor], trial: Tensor) -> None:
-        last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
-        tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
-        if ((last - one).abs() > tolerance).any():
-            raise RuntimeError(f"{len(trial)} products at once differ from single ones: use chunk_size=1")
+    def _of_block(self, direction: str, constants: list[Tensor], like: Tensor) -> Callable[..., tuple] | None:
+        """The program of a block size; None where that of single vectors has to do, for two since it is not worth it."""
+        if len(like) == 2:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        trial = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        if len(trial) == 1:
+            return self._vectorised(self.single[direction], constants, trial)
+        try:
+            with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
+                warnings.filterwarnings("ignore", message=".*batching rule")
+                program = self._vectorised(self.single[direction], constants, trial)
+            last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
+            tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
+            if ((last - one).abs() > tolerance).any():
+                raise RuntimeError(f"{len(trial)} products at once differ from single ones")
+        except RuntimeError as error:
+            _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
+            return None
+        return program
 
     @staticmethod
     def _vectorised(single: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:

@@ -155,15 +155,11 @@ class Linearization:
                 return
 
     def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int) -> None:
-        """Of its products, and of blocks, which are taken apart where that fails."""
-        engine, self.chunk_size = self._engine, chunk_size
+        """Of its products, and of blocks, which are taken apart where that fails; a traced engine tries each size."""
+        self.chunk_size = chunk_size
         self._check_derivatives(v, reference)
-        if chunk_size > 1:
-            known = engine.vectorises if isinstance(engine, Traced) else None
-            vectorises = self._vectorises(v) if known is None else known
-            self.chunk_size = chunk_size if vectorises else 1
-            if isinstance(engine, Traced):
-                engine.vectorises = vectorises
+        if chunk_size > 1 and not isinstance(self._engine, Traced) and not self._vectorises(v):
+            self.chunk_size = 1
 
     def _report(self, line: str) -> None:
         self.engine_report += (line,)

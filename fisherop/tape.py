@@ -8,6 +8,7 @@ every product.
 from __future__ import annotations
 
 import collections
+import gc
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -93,11 +94,15 @@ class Tape:
 
     def record(self, function: Callable[[], Any]) -> Any:
         """Run a function; its operations go on the tape. Return its result with nodes in the place of tensors."""
+        collects = gc.isenabled()
+        gc.disable()  # nodes hold no cycles, and their number would start a search through all that PyTorch holds
         try:
             with _Recorder(self):
                 out = function()
             return replace(out, Tensor, self._of)
         finally:
+            if collects:
+                gc.enable()
             self._of_tensor = {id(t): node for t, node in self._inputs}
             self._alive.clear()
             self._sharing.clear()

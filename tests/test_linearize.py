@@ -103,8 +103,8 @@ def test_every_kind_of_model_matches_central_differences(build, engine):
     flags = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
     lin = linearize(x, model)
     assert lin.engine_report[-1].startswith(f"{engine}: in use, ")
-    v = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
-    u = torch.randn(2, lin.response_size, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    v = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    u = torch.randn(3, lin.response_size, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
     h = 1e-6
 
     def respond(x):

@@ -216,10 +216,15 @@ class _Space:
         """Q and C with block = Q C, without directions shorter than `floor`."""
         if len(block) == 0:
             return block, np.zeros((0, 0))
-        q, r = torch.linalg.qr(block.T)
-        left, s, right = np.linalg.svd(r.double().cpu().numpy())
+        block = block.double()  # T would be too large by what norms are wrong by
+        if len(block) == 1:
+            r = torch.linalg.vector_norm(block).reshape(1, 1)
+            q = block.T / r
+        else:
+            q, r = torch.linalg.qr(block.T)
+        left, s, right = np.linalg.svd(r.cpu().numpy())
         kept = s > floor
-        return self.tensor(left[:, kept].T) @ q.T, s[kept, None] * right[kept]
+        return self.tensor(torch.as_tensor(left[:, kept].T).to(q) @ q.T), s[kept, None] * right[kept]
 
     def ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Ritz values, ascending; the norms of their residuals; their vectors in V's coordinates, columns."""
@@ -278,6 +283,7 @@ class _Search:
         self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
         self.starts = 1  # how many vectors of an eigenspace can have been seen
         self.largest = 0.0  # Ritz value
+        self.residual_tol = max(tol / 2, tol - 4 * self.space.eps)  # rounding adds to residuals, hardly to null values
         self.nullity: tuple[float, float] | None = None
         self.before = linearization.n_products
 
@@ -326,8 +332,8 @@ class _Search:
             wanted = self._wanted(len(theta))
             self._record(theta[wanted], rho[wanted])
             # a pair stands for one eigenvalue, and the next has its index, only if it does not blend two
-            goal = np.full(len(wanted), 0.1 * aim)
-            goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] = aim
+            goal = np.full(len(wanted), 0.1 * self.residual_tol * self.largest)
+            goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] *= 10
             settled = rho[wanted] <= goal
             settled[: self.bottom] |= theta[: self.bottom] <= aim
             if space.m == space.n or (space.m >= self.top + self.bottom and settled.all()):
