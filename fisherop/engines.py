@@ -119,7 +119,7 @@ class _Program:
         return program(block, *constants)[0]
 
     def _of_block(self, direction: str, constants: list[Tensor], like: Tensor) -> Callable[..., tuple] | None:
-        """The program of a block size; None where that of single vectors has to do, for two since it is not worth it."""
+        """The program of a block size; None where that of single vectors has to do: for two, one is not worth it."""
         if len(like) == 2:
             return None
         generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_solvers import assert_truthful
 
 from fisherop import ConvergenceError, FisherOperator, Status, eigenpairs
-from fisherop.solvers.golub_kahan import chance_of_missing
+from fisherop.solvers.golub_kahan import _Space, chance_of_missing
 from fisherop.testing import matrix_with_singular_values
 
 SPECTRA = {p.stem: np.load(p) for p in sorted((pathlib.Path(__file__).parent / "spectra").glob("*.npy"))}
@@ -148,6 +148,23 @@ def test_repeated_eigenvalues_at_both_ends(k):
     np.testing.assert_allclose(result.eigenvalues, np.sort(sigma)[::-1][result.eigenindex] ** 2, atol=4e-6)
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_restart_keeps_the_relation(block):
+    """F V = V T + W C, V and W orthonormal, though the harmonic problem is as ill-conditioned as its shift is small."""
+    sigma = torch.as_tensor(np.r_[np.sqrt(np.linspace(1, 0.1, 195)), [1e-5] * 5])
+    space = _Space(diagonal(sigma).linearization, torch.empty(0, 200, dtype=torch.float64), 40, 1.0)
+    space.append(torch.as_tensor(np.random.default_rng(0).standard_normal((block, 200))))
+    for _ in range(3):
+        while not space.is_full:
+            space.expand()
+        space.restart(8, 8, 1e-9)
+        v, w = space.v.numpy(), space.w.numpy()
+        relation = v * sigma.numpy() ** 2 - space.t @ v - space.c.T @ w
+        assert np.abs(relation).max() <= 1e-11
+        both = np.vstack([v, w])
+        assert np.abs(both @ both.T - np.eye(len(both))).max() <= 1e-12
+
+
 def test_nullity_is_estimated_with_its_error():
     sigma = np.r_[np.linspace(2, 1, 150), np.zeros(50)]
     details = solve(diagonal(sigma)).details["nullity"]
@@ -156,7 +173,7 @@ def test_nullity_is_estimated_with_its_error():
 
 
 def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
-    operator = diagonal(SPECTRA["onoff_56"])
+    operator = diagonal(SPECTRA["resnet18_layer2_40"])
     cold = solve(operator)
 
     def interrupt(state):
@@ -167,15 +184,49 @@ def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
     with pytest.raises(ConvergenceError, match="was interrupted; v0=result") as caught:
         solve(operator, callback=interrupt)
     partial = caught.value.result
-    assert list(partial.eigenindex) == [0, 3135] and not partial.converged.all()
+    assert list(partial.eigenindex) == [0, 4799] and not partial.converged.all()
     result = solve(operator, v0=partial.eigenvectors)
     assert result.converged.all() and result.n_products < cold.n_products
 
 
-def test_a_start_that_holds_no_extreme_vector_is_no_trap():
+@pytest.mark.parametrize("length", [1.0, 1e-200, 1e200])
+def test_a_start_that_holds_no_extreme_vector_is_no_trap(length):
     sigma = np.linspace(2, 1, 40)
-    result = solve(diagonal(sigma), v0=np.eye(40)[:, 20])
+    result = solve(diagonal(sigma), v0=length * np.eye(40)[:, 20])
     np.testing.assert_allclose(result.eigenvalues, [4, 1], rtol=1e-5)
+
+
+def test_a_start_beside_the_extreme_vector_is_no_trap():
+    """v0 converges at once to its own eigenvector: a random start must look for others, for k = 1 too."""
+    for gap in (1e-2, 1e-4):
+        sigma = np.sqrt(np.r_[1, 1 - gap, np.linspace(0.3, 0.1, 296), 0.01 + gap, 0.01])
+        result = solve(diagonal(sigma), v0=np.eye(300)[:, [1, 298]])
+        assert np.abs(result.eigenvalues - sigma[[0, -1]] ** 2).max() <= 3e-6
+
+
+def test_two_that_blend_in_one_pair():
+    """Eigenvalues 20 tol apart: how often the wrong one is claimed is bounded by the chance that the result states."""
+    wrong, chances = 0, []
+    for seed in range(60):
+        result = solve(diagonal(np.sqrt(np.r_[1, 1 - 2e-5, np.linspace(0.3, 0.1, 298)])), 1, "largest", rng=seed)
+        wrong += result.eigenvalues[0] < 1 - 4e-6
+        assert "is missed with a chance of at most " in result.ground
+        chances.append(float(result.ground.split("a chance of at most ")[1].split(";")[0]))
+    assert max(chances) <= 0.3 and wrong <= 4  # 2 of 60 expected of the worst
+
+
+def test_the_chance_for_many_start_vectors():
+    theta, residuals = np.linspace(0, 1, 700), np.full((700, 700), 1e-3)
+    assert chance_of_missing(2.0, theta, residuals, np.eye(700), 700) < 1e-60
+    assert chance_of_missing(2.0, theta, 1e6 * residuals, np.eye(700), 700) == 1
+
+
+def test_repeated_values_in_the_smallest_basis():
+    for distinct, k in ((45, 5), (63, 8)):  # nearly as many as the basis holds: the probes need room beside them
+        sigma = np.repeat(np.linspace(2, 1, distinct), 3)[::-1].copy()
+        truth = np.sort(sigma**2)[::-1]
+        result = solve(diagonal(sigma), k, max_basis=6 * k + 20)
+        assert np.abs(result.eigenvalues - truth[result.eigenindex]).max() <= 2e-5
 
 
 def test_same_seed_same_bits():
@@ -194,7 +245,8 @@ def test_history_and_details():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_basis": 5}, "max_basis must be at least 6 k \\+ 20, or N, here 26, got 5"),
+        ({"max_basis": 5}, "max_basis must be an integer from 6 k \\+ 20, or N, here 26, got 5"),
+        ({"max_basis": 40.0}, "max_basis must be an integer .* got 40.0"),
         ({"basis_memory": 1000}, "basis_memory=1000 holds 3 vectors of 40 elements, of at least 26 .* pass basis_mem"),
         ({"v0": np.ones(3)}, r"v0 must have shape \(40,\) or \(40, p\), .* got \(3, 1\)"),
         ({"v0": np.zeros(40)}, "without zero columns"),

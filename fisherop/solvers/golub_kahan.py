@@ -14,7 +14,10 @@ from torch import Tensor
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 
-_DELTA = 1e-3  # the probability of a wrong index, or bound, that is accepted
+_DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe misses
+_CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
+_RANDOM_PART = 0.1  # of a start from v0
+_SLAB = 2**16  # columns of V that are combined at a time
 
 
 def golub_kahan(
@@ -50,7 +53,7 @@ def golub_kahan(
     basis_memory : int
         Bytes for V.
     v0 : ndarray, shape (N,) or (N, p), optional
-        Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.01, so that no
+        Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.1, so that no
         eigenvector is left out.
     callback : callable, optional
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
@@ -117,18 +120,18 @@ def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArr
         Sᵀ times the eigenvectors of T.
     n : int
     """
-    if len(residuals) == 0:
-        return 0.0
     p = len(start)
-    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2)
-    return min(1.0, (n * q**2 / 2) ** (p / 2) / math.gamma(p / 2 + 1))
+    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2) if len(residuals) else 0.0
+    if q == 0:
+        return 0.0
+    return math.exp(min(0.0, p / 2 * math.log(n * q**2 / 2) - math.lgamma(p / 2 + 1)))
 
 
 def _capacity(n: int, k: int, itemsize: int, max_basis: int | None, basis_memory: int) -> int:
     least = min(n, 6 * k + 20)
-    if max_basis is not None and max_basis < least:
-        raise ValueError(f"max_basis must be at least 6 k + 20, or N, here {least}, got {max_basis}")
-    affordable = min(1500, basis_memory // (n * itemsize)) if max_basis is None else max_basis
+    if max_basis is not None and (not isinstance(max_basis, int | np.integer) or max_basis < least):
+        raise ValueError(f"max_basis must be an integer from 6 k + 20, or N, here {least}, got {max_basis!r}")
+    affordable = min(1500, int(basis_memory // (n * itemsize))) if max_basis is None else max_basis
     if affordable < least:
         raise ValueError(
             f"basis_memory={basis_memory} holds {affordable} vectors of {n} elements, of at least {least} that k={k} "
@@ -237,19 +240,21 @@ class _Space:
     def restart(self, low: int, high: int, shift: float) -> None:
         """Keep the smallest and the largest harmonic Ritz vectors, of F + shift, and what continues from them.
 
-        With A = T + shift and K = [A; C] they satisfy A q = μ KᵀK q. For kept vectors Q the residuals of F V Q lie in
-        W − V A⁻¹ Cᵀ, orthogonalised to V Q.
+        With A = T + shift and K = [A; C] they satisfy A q = μ KᵀK q. Where A = L Lᵀ, the right singular vectors of
+        [L; C L⁻ᵀ] are Lᵀq: both ends accurate.
         """
         a = self.t + shift * np.eye(self.m)
-        r = np.linalg.qr(np.vstack([a, self.c]), mode="r")
-        inverse = np.linalg.solve(r.T, np.linalg.solve(r.T, a).T)
-        harmonic = np.linalg.solve(r, np.linalg.eigh((inverse + inverse.T) / 2)[1])
-        kept = harmonic[:, np.r_[:high, self.m - low : self.m]]
+        factor = np.linalg.cholesky(a)
+        beside = np.linalg.solve(factor, self.c.T).T
+        z = np.linalg.svd(np.vstack([factor, beside]))[2].T
+        kept = np.linalg.solve(factor.T, z[:, np.r_[:high, self.m - low : self.m]])
         q = np.linalg.qr(kept / np.linalg.norm(kept, axis=0))[0]
         w = self.w - self.vectors(np.linalg.solve(a, self.c.T))
         c = self.c @ q
         t = q.T @ self.t @ q
-        self.rows[self.n_fixed : self.n_fixed + low + high] = self.vectors(q)
+        v, new = self.v, self.tensor(q.T)
+        for columns in v.split(_SLAB, dim=1):  # in place, since V may fill the memory it was given
+            columns[: low + high] = new @ columns
         self.t = (t + t.T) / 2
         for _ in range(2):
             w = _project(w, self.rows[: self.n_fixed + self.m])
@@ -282,31 +287,30 @@ class _Search:
         self.random: Tensor | None = None  # the random start, if there was one
         self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
         self.starts = 1  # how many vectors of an eigenspace can have been seen
-        self.largest = 0.0  # Ritz value
+        self.accepted, self.inflation = _CHANCE, 1.0  # see `_chance_of_more`, `_missing`
+        self.largest = self.chance = 0.0  # Ritz value; of the former
         self.residual_tol = max(tol / 2, tol - 4 * self.space.eps)  # rounding adds to residuals, hardly to null values
         self.nullity: tuple[float, float] | None = None
         self.before = linearization.n_products
 
     def find(self, block: int, v0: NDArray | None) -> None:
         """The wanted pairs, where repeated eigenvalues may be missed."""
-        start = self._draw(block)
+        start = self._draw(block if v0 is None else 1)
         if v0 is not None:
-            block = 1
-            mean = self.space.tensor((v0 / np.linalg.norm(v0, axis=0)).sum(axis=1))
-            start = 0.01 * start[:1] / torch.linalg.vector_norm(start[0]) + mean
+            v0 = v0 / np.abs(v0).max(axis=0)
+            given = self.space.tensor((v0 / np.linalg.norm(v0, axis=0)).sum(axis=1))
+            start = _RANDOM_PART * start / torch.linalg.vector_norm(start) + given
+            self.accepted, self.inflation = _DELTA, float(torch.linalg.vector_norm(start)) / _RANDOM_PART
+        self.starts = len(start)
         self.space.append(start)
-        self.starts = block
         self.random = self.space.w if v0 is None else None
         self._run()
         space, (theta, _, y) = self.space, self.ritz
         null = theta <= self.tol * self.largest
         if self.bottom and null.any() and self.random is not None:
             self.nullity = self._estimate_number(y[:, null])
-        self._bound()
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
-        more = space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 8)
-        low = min(self.bottom + more, space.m)
-        ends = np.r_[:low, max(low, space.m - self.top - more) : space.m]
+        ends = self._ends(space.m, space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 16))
         self.fixed, self.fixed_theta = space.vectors(y[:, ends]), theta[ends]
 
     def look_for_missed(self) -> None:
@@ -324,7 +328,7 @@ class _Search:
     def _run(self) -> None:
         """Go on until the wanted pairs have converged."""
         space, self.next_check = self.space, 0
-        may_grow = self.random is not None and self.starts < self.k <= self.bottom
+        may_grow = self.found is None and self.starts < self.k <= self.bottom
         while True:
             self.ritz = theta, rho, y = self._next_ritz()
             self.largest = max(self.largest, theta[-1])
@@ -336,16 +340,20 @@ class _Search:
             goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] *= 10
             settled = rho[wanted] <= goal
             settled[: self.bottom] |= theta[: self.bottom] <= aim
-            if space.m == space.n or (space.m >= self.top + self.bottom and settled.all()):
+            if space.m == space.n:
                 break
+            if space.m >= self.top + self.bottom and settled.all():
+                self.chance = self._chance_of_more()
+                if self.chance <= self.accepted:
+                    break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
             elif may_grow and theta[0] <= 100 * aim:
                 may_grow = False
-                count, deviation = self._estimate_number(y[:, theta <= 100 * aim])
-                if count - 2 * deviation > 1:
+                if self.random is None or self._are_several(y[:, theta <= 100 * aim]):
                     space.append(self._draw(self.k - self.starts))
             self._make_room()
+        self._bound()
         self.found = theta[wanted], rho[wanted], space.vectors(y[:, wanted])
 
     def _probe(self, p: int) -> bool:
@@ -356,9 +364,9 @@ class _Search:
         theta, rho, _ = self.found
         aim = self.tol * self.largest
         low_end, high_end = theta[: self.bottom], theta[len(theta) - self.top :]
-        below = low_end[low_end < low_end[-1] - aim] if self.bottom and low_end[-1] > aim else low_end[:0]
-        above = high_end[high_end > high_end[0] + aim] if self.top else high_end[:0]
-        if not (len(below) or len(above)):
+        below = self.bottom and low_end[-1] > aim and low_end[0] < low_end[-1] - aim
+        above = self.top and high_end[-1] > high_end[0] + aim
+        if not (below or above):
             return False  # nothing that is missed could change an index
         self.probes += 1
         self.space = space = _Space(self.lin, self.fixed, self.capacity - len(self.fixed), self.space.scale)
@@ -368,14 +376,14 @@ class _Search:
             self.ritz = t, r, y = self._next_ritz()
             self._record(theta, rho)
             # the pairs that belong among the wanted ones, so many as there can be of them, and the next
-            i = min(np.count_nonzero(t < low_end[-1] - aim), self.bottom) if len(below) else 0
-            j = min(np.count_nonzero(t > high_end[0] + aim), self.top) if len(above) else 0
+            i = min(np.count_nonzero(t < low_end[-1] - aim), self.bottom) if below else 0
+            j = min(np.count_nonzero(t > high_end[0] + aim), self.top) if above else 0
             joined = np.r_[:i, len(t) - j : len(t)]
             converged = (r[joined] <= aim) | ((t[joined] <= aim) & (joined < i))
             settled = i + j < len(t) or space.m == space.n
-            if len(below) and i < min(self.bottom, len(t)):
+            if below and i < min(self.bottom, len(t)):
                 settled &= self._chance(low_end[-1] - aim, slice(i, len(t) - j), p) <= _DELTA
-            if len(above) and j < min(self.top, len(t)):
+            if above and j < min(self.top, len(t)):
                 settled &= self._chance(high_end[0] + aim, slice(i, len(t) - j), p) <= _DELTA
             if converged.all() and settled:
                 break
@@ -400,21 +408,40 @@ class _Search:
             return float((rho[open_] / distance)[np.argmin(distance)]) if len(distance) else 0.0
         return chance_of_missing(x, theta[open_], (self.space.c @ y)[:, open_], y[:p, open_], self.space.n)
 
+    def _missing(self, x: float) -> float:
+        """`chance_of_missing`, by the random start.
+
+        A part of the start that is given, v0, shifts the share of h in it by a constant, so that small ones become less
+        probable; the random part is 1 / inflation of the whole.
+        """
+        theta, _, y = self.ritz
+        return chance_of_missing(x, theta, self.space.c @ y, self.inflation * y[: self.starts], self.space.n)
+
+    def _chance_of_more(self) -> float:
+        """The chance of an eigenvalue more than 2 tol beyond those of a first run: two so close may blend in one pair.
+
+        Not known, and 0, once the random start may have been lost.
+        """
+        if self.found is not None or self.space.is_restarted:
+            return 0.0
+        theta, aim = self.ritz[0], self.tol * self.largest
+        above = self._missing(theta[-1] + 2 * aim) if self.top else 0.0
+        return max(above, self._missing(theta[0] - 2 * aim) if self.bottom and theta[0] > aim else 0.0)
+
     def _bound(self) -> None:
         """Where no eigenvalue lies, but with probability 2 δ; from the random start, as long as the space holds it."""
-        space, (theta, _, y) = self.space, self.ritz
-        if self.random is None or self.bounds is not None or space.is_restarted:
+        theta = self.ritz[0]
+        if self.found is not None or self.bounds is not None or self.space.is_restarted:
             return
 
         def distance(end: float, sign: int, largest: float) -> float:
             """The smallest at which the chance is at most δ."""
-            low, high = largest * space.eps, largest
-            args = theta, space.c @ y, y[: len(self.random)], space.n
-            if chance_of_missing(end + sign * high, *args) > _DELTA:
+            low, high = largest * self.space.eps, largest
+            if self._missing(end + sign * high) > _DELTA:
                 return np.inf
             while high > 1.01 * low:
                 middle = math.sqrt(low * high)
-                low, high = (low, middle) if chance_of_missing(end + sign * middle, *args) <= _DELTA else (middle, high)
+                low, high = (low, middle) if self._missing(end + sign * middle) <= _DELTA else (middle, high)
             return high
 
         lowest = max(theta[0], 0.0)
@@ -432,8 +459,9 @@ class _Search:
         t[:, old:], t[old:, :] = beside, beside.T
         self.fixed_theta, y = np.linalg.eigh((t + t.T) / 2)
         self.fixed = space.tensor(y.T) @ self.fixed
-        wanted = self._wanted(len(self.fixed))
+        wanted, ends = self._wanted(len(self.fixed)), self._ends(len(self.fixed), len(self.fixed))
         self.found = self.fixed_theta[wanted], np.zeros(len(wanted)), self.fixed[torch.as_tensor(wanted)]
+        self.fixed, self.fixed_theta = self.fixed[torch.as_tensor(ends)], self.fixed_theta[ends]
 
     def _next_ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Go on until it is time to look."""
@@ -457,6 +485,13 @@ class _Search:
             space.restart(low, high, max(self.tol / 10, 10 * space.eps) * self.largest)
             self.next_check = 0
 
+    def _ends(self, m: int, more: int) -> NDArray:
+        """Of m ascending values, what is wanted and some more, as long as a probe has room beside them to restart."""
+        if self.capacity < self.lin.image_size:
+            more = min(more, (self.capacity - 4 * self.k - 20 - self.top - self.bottom) // 2)
+        low = min(self.bottom + more, m)
+        return np.r_[:low, max(low, m - self.top - more) : m]
+
     def _wanted(self, m: int) -> NDArray:
         """Of m ascending values."""
         top = min(self.top, m)
@@ -471,6 +506,10 @@ class _Search:
         share = (self.space.vectors(y) @ self.random.T).double().square().sum().item() / b
         count = share * self.lin.image_size
         return count, math.sqrt(2 * count / b)
+
+    def _are_several(self, y: NDArray) -> bool:
+        count, deviation = self._estimate_number(y)
+        return count - 2 * deviation > 1
 
     def _record(self, theta: NDArray, rho: NDArray) -> None:
         values, residuals = (self.space.scale**2 * x[::-1] for x in (theta, rho))
@@ -490,6 +529,8 @@ class _Search:
         ground = f"extreme Ritz pairs of a Krylov space from {start.replace('1 random vectors', 'a random vector')}"
         if self.probes:
             ground += ", and of another from random vectors orthogonal to them"
+        if self.chance > 0:
+            ground += f"; one more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
         details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
         if self.nullity is not None:
             details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
