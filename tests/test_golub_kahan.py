@@ -229,6 +229,25 @@ def test_repeated_values_in_the_smallest_basis():
         assert np.abs(result.eigenvalues - truth[result.eigenindex]).max() <= 2e-5
 
 
+@given(which=st.sampled_from(["both", "largest", "smallest"]), q=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_the_next_pairs(which, q, seed):
+    """Step by step with orthogonal_to, or at once: the same eigenvalues, repeated ones as well."""
+    sigma = np.sort(np.random.default_rng(seed).choice(np.linspace(2, 0.5, 40), 60))[::-1].copy()
+    operator = diagonal(sigma)
+    known = solve(operator, q, which, rng=seed)
+    result = solve(operator, 2, which, rng=seed, orthogonal_to=known.eigenvectors)
+    at_once = solve(operator, q + 2, which, rng=seed)
+    assert np.array_equal(result.eigenindex, at_once.eigenindex)
+    np.testing.assert_allclose(result.eigenvalues, at_once.eigenvalues, atol=2e-5)
+    assert "no direction beyond these" in result.ground
+
+
+def test_vectors_set_aside_that_are_not_extreme_are_found_out():
+    with pytest.raises(ConvergenceError, match="not extreme"):
+        solve(diagonal(np.linspace(2, 1, 40)), orthogonal_to=np.eye(40)[:, [5, 6]])
+
+
 def test_same_seed_same_bits():
     first, second = (solve(FisherOperator(small_image(), small_model()), 2, rng=3) for _ in range(2))
     assert np.array_equal(first.eigenvectors, second.eigenvectors)
@@ -249,6 +268,11 @@ def test_history_and_details():
         ({"max_basis": 40.0}, "max_basis must be an integer .* got 40.0"),
         ({"basis_memory": 1000}, "basis_memory=1000 holds 3 vectors of 40 elements, of at least 26 .* pass basis_mem"),
         ({"v0": np.ones(3)}, r"v0 must have shape \(40,\) or \(40, p\), .* got \(3, 1\)"),
+        (
+            {"orthogonal_to": np.ones((40, 2))},
+            "orthogonal_to must have .* 38 orthonormal columns, got 2 that",
+        ),
+        ({"orthogonal_to": np.eye(40)}, "orthogonal_to must have at most N - 2 = 38 orthonormal columns, got 40"),
         ({"v0": np.zeros(40)}, "without zero columns"),
         ({"v0": np.full(40, np.nan)}, "v0 must have .* finite"),
     ],

@@ -121,6 +121,9 @@ def eigenpairs(
             stopped, details = error, {}
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
+        if options.get("orthogonal_to") is not None:
+            vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
+            details.pop("ground", None)  # nobody has examined those
         # what our own solvers say; all others are examined
         ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
         result = certify(
@@ -201,6 +204,20 @@ def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[
     if not np.isfinite(vectors).all():
         raise ValueError(f"solver {name!r} returned vectors with NaN or infinity")
     return vectors, index
+
+
+def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, given: NDArray) -> tuple[NDArray, NDArray]:
+    """Eigenvectors found before, and those found next: which end the former belong to, and the indices of all."""
+    n = operator.shape[0]
+    given = np.asarray(given).reshape(n, -1)
+    from_top = np.arange(len(index)) == index
+    if from_top.all() or not from_top.any():
+        top = len(index) + given.shape[1] if from_top.all() else 0
+    else:
+        values, known = ((operator.jacobian.matmat(v).astype(np.float64) ** 2).sum(axis=0) for v in (vectors, given))
+        top = from_top.sum() + (known > (values[from_top].min() + values[~from_top].max()) / 2).sum()
+    vectors = np.hstack([vectors, given])
+    return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
 
 
 def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:

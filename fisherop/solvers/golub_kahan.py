@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ def golub_kahan(
     max_basis: int | None = None,
     basis_memory: int = 2**30,
     v0: NDArray | None = None,
+    orthogonal_to: NDArray | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[NDArray, NDArray, dict[str, Any]]:
     """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalisation of J.
@@ -55,6 +57,9 @@ def golub_kahan(
     v0 : ndarray, shape (N,) or (N, p), optional
         Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.1, so that no
         eigenvector is left out.
+    orthogonal_to : ndarray, shape (N, q), optional
+        Eigenvectors found before at the ends asked for, orthonormal: the next k pairs at each end are found.
+        `eigenpairs` puts both in its result, and examines them together.
     callback : callable, optional
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
@@ -82,21 +87,45 @@ def golub_kahan(
        Comput. 27 (2005): harmonic Ritz vectors for the smallest end.
     """
     m, n = operator.jacobian.shape
-    capacity = _capacity(n, k, operator.dtype.itemsize, max_basis, basis_memory)
-    if v0 is not None:
-        v0 = np.asarray(v0, dtype=np.float64)
-        v0 = v0[:, None] if v0.ndim == 1 else v0
-        if v0.ndim != 2 or len(v0) != n or not np.isfinite(v0).all() or not v0.any(axis=0).all():
-            raise ValueError(f"v0 must have shape ({n},) or ({n}, p), finite and without zero columns, got {v0.shape}")
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
-    search = _Search(operator.linearization, top, bottom, tol, rng, capacity, maxiter or 10_000, callback)
+    v0 = None if v0 is None else _columns(v0, "v0", n)
+    given = np.empty((n, 0)) if orthogonal_to is None else _columns(orthogonal_to, "orthogonal_to", n)
+    deviation = np.abs(given.T @ given - np.eye(given.shape[1])).max(initial=0.0)
+    if deviation > 1000 * np.finfo(operator.dtype).eps or given.shape[1] + top + bottom > n:
+        raise ValueError(
+            f"orthogonal_to must have at most N - {top + bottom} = {n - top - bottom} orthonormal columns, got "
+            f"{given.shape[1]} that deviate from orthonormality by {deviation:.1g}: use numpy.linalg.qr"
+        )
+    capacity = _capacity(n - given.shape[1], k, operator.dtype.itemsize, max_basis, basis_memory)
+    lin = operator.linearization
+    if len(given.T) or v0 is not None:
+        rng = _independent(rng, given, v0)
+    rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
+    search = _Search(lin, rows, top, bottom, tol, rng, capacity, maxiter or 10_000, callback)
     try:
-        search.find(k if bottom and n - m >= k else 1, v0)
+        search.find(k if bottom and n - m - len(rows) >= k else 1, v0)
         search.look_for_missed()
     except KeyboardInterrupt:
         message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
         raise SolverStopped(message, *search.partial()) from None
     return search.answer()
+
+
+def _independent(rng: np.random.Generator, *given: NDArray | None) -> np.random.Generator:
+    """A stream that has nothing to do with vectors that may have been found with the same seed."""
+    place = zlib.crc32(b"".join(array.tobytes() for array in given if array is not None))
+    sequence = rng.bit_generator.seed_seq
+    return np.random.default_rng(np.random.SeedSequence(sequence.entropy, spawn_key=(*sequence.spawn_key, place)))
+
+
+def _columns(array: Any, name: str, n: int) -> NDArray[np.float64]:
+    array = np.array(array, dtype=np.float64)
+    array = array[:, None] if array.ndim == 1 else array
+    if array.ndim != 2 or len(array) != n or not np.isfinite(array).all() or not array.any(axis=0).all():
+        raise ValueError(
+            f"{name} must have shape ({n},) or ({n}, p), finite and without zero columns, got {array.shape}"
+        )
+    return array
 
 
 def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArray, n: int) -> float:
@@ -269,6 +298,7 @@ class _Search:
     def __init__(
         self,
         linearization: Any,
+        given: Tensor,
         top: int,
         bottom: int,
         tol: float,
@@ -277,10 +307,11 @@ class _Search:
         maxiter: int,
         callback: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.lin = linearization
+        self.lin, self.given = linearization, given
+        self.n = linearization.image_size - len(given)
         self.top, self.bottom, self.k, self.tol = top, bottom, max(top, bottom), tol
         self.rng, self.capacity, self.maxiter, self.callback = rng, capacity, maxiter, callback
-        self.space = _Space(linearization, linearization.image.new_empty(0, linearization.image_size), capacity, 0.0)
+        self.space = _Space(linearization, given, capacity, 0.0)
         self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
         self.history: list[dict[str, Any]] = []
         self.restarts = self.probes = self.n_steps = self.next_check = 0
@@ -316,12 +347,12 @@ class _Search:
     def look_for_missed(self) -> None:
         """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
         p, joined = 1, True
-        while joined and self.starts < self.k and self.lin.image_size > len(self.fixed):
+        while joined and self.starts < self.k and self.n > len(self.fixed):
             joined = self._probe(p)
             self.starts += p
             p = self.k
             if joined:  # what joins has converged beside the rest, not together with it
-                self.space = _Space(self.lin, self.fixed[:0], self.capacity, self.space.scale)
+                self.space = _Space(self.lin, self.given, self.capacity, self.space.scale)
                 self.space.append(self.found[2])
                 self._run()
 
@@ -369,7 +400,8 @@ class _Search:
         if not (below or above):
             return False  # nothing that is missed could change an index
         self.probes += 1
-        self.space = space = _Space(self.lin, self.fixed, self.capacity - len(self.fixed), self.space.scale)
+        aside = torch.cat([self.given, self.fixed])
+        self.space = space = _Space(self.lin, aside, self.capacity - len(self.fixed), self.space.scale)
         self.next_check = 0
         space.append(self._draw(p))
         while True:
@@ -487,7 +519,7 @@ class _Search:
 
     def _ends(self, m: int, more: int) -> NDArray:
         """Of m ascending values, what is wanted and some more, as long as a probe has room beside them to restart."""
-        if self.capacity < self.lin.image_size:
+        if self.capacity < self.n:
             more = min(more, (self.capacity - 4 * self.k - 20 - self.top - self.bottom) // 2)
         low = min(self.bottom + more, m)
         return np.r_[:low, max(low, m - self.top - more) : m]
@@ -504,7 +536,7 @@ class _Search:
         """How many of N eigenvalues stand behind Ritz vectors: N × the random start's share in them; its deviation."""
         b = len(self.random)
         share = (self.space.vectors(y) @ self.random.T).double().square().sum().item() / b
-        count = share * self.lin.image_size
+        count = share * self.n
         return count, math.sqrt(2 * count / b)
 
     def _are_several(self, y: NDArray) -> bool:
