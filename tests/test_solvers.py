@@ -1,3 +1,4 @@
+import pathlib
 import sys
 
 import numpy as np
@@ -58,6 +59,47 @@ def test_right_or_raises(method, matrix, dtype, k, seed, which):
         assert method != "exact" and "use method='exact'" in str(error)
         return
     assert_truthful(result, matrix)
+
+
+def spectrum(name):
+    return np.load(pathlib.Path(__file__).parent / "spectra" / f"{name}.npy")
+
+
+ELSEWHERE_WRONG = {  # what has been seen of other tools, or of these by themselves, on singular values and k
+    "eigsh finds 0 of 4 in 160,000 products": lambda: (np.r_[np.linspace(2, 1, 600), np.zeros(400)], 4),
+    "propack says 0 where it is 0.01": lambda: (np.r_[np.linspace(0.94, 0.75, 299), 0.01], 1),
+    "shifted eigsh, PRIMME miss the third of a null space": lambda: (spectrum("resnet18_maxpool_40"), 3),
+    "eigsh with a large basis does not converge": lambda: (spectrum("vgg16_features11_40"), 3),
+    "a criterion that is absolute stops at once": lambda: (1e-3 * spectrum("onoff_56"), 1),
+    "power iteration calls 0.0083 the smallest": lambda: (spectrum("onoff_56"), 1),
+    "power iteration calls 0.006 the smallest": lambda: (spectrum("luminance_gain_56"), 1),
+    "members of a cluster of zeros are left out": lambda: (np.r_[np.linspace(3, 1, 20), np.zeros(40)], 5),
+}
+
+
+@pytest.mark.parametrize("method", ["golub_kahan", "eigsh", "lobpcg", "svds"])
+@pytest.mark.parametrize("case", ELSEWHERE_WRONG)
+def test_right_or_raises_where_others_fail(case, method):
+    sigma, k = ELSEWHERE_WRONG[case]()
+    tensor = torch.as_tensor(sigma)
+    F = FisherOperator(torch.zeros(len(sigma), dtype=tensor.dtype), lambda x: tensor * x)
+    limit = {} if method == "golub_kahan" else {"maxiter": 200}
+    try:
+        result = eigenpairs(F, k, method=method, rng=0, progress=False, **limit)
+    except ConvergenceError as error:
+        assert method != "golub_kahan", error
+        result = error.result
+    wrong = np.abs(result.eigenvalues - sigma[result.eigenindex] ** 2) > 2 * (2 * k) ** 0.5 * TOL * sigma[0] ** 2
+    assert not (wrong & result.converged).any(), result
+
+
+@pytest.mark.parametrize("method", ["golub_kahan", "eigsh", "lobpcg", "svds"])
+def test_the_null_space_of_a_wide_jacobian(method):
+    """svds by itself works on the smaller Gram matrix, and says 0.054 λ_max for a smallest eigenvalue of 0."""
+    matrix = matrix_with_singular_values(np.linspace(1, 0.23, 40), 40, 120)
+    result = eigenpairs(linear_operator(matrix, torch.float64), 1, method=method, rng=0, progress=False)
+    assert_truthful(result, matrix)
+    assert result.converged.all() and result.eigenvalues[-1] <= TOL
 
 
 @given(matrix=matrices(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
