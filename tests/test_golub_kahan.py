@@ -215,6 +215,14 @@ def test_two_that_blend_in_one_pair():
     assert max(chances) <= 0.3 and wrong <= 4  # 2 of 60 expected of the worst
 
 
+def test_a_probe_that_begins_in_a_blend():
+    """One of 5 vectors left is no null vector, by 10 tol: the first random vector passes for an eigenvector of 0."""
+    for seed in range(30):
+        matrix = matrix_with_singular_values([100.0, 1, 1], 3, 8, rng=seed)
+        result = solve(linear_operator(matrix, torch.float32), 3, "largest", rng=seed, tol=1e-5)
+        np.testing.assert_allclose(result.eigenvalues, [1e4, 1, 1], rtol=1e-3)
+
+
 def test_the_chance_for_many_start_vectors():
     theta, residuals = np.linspace(0, 1, 700), np.full((700, 700), 1e-3)
     assert chance_of_missing(2.0, theta, residuals, np.eye(700), 700) < 1e-60

@@ -184,7 +184,7 @@ class _Space:
         self.eps = torch.finfo(fixed.dtype).eps
         self.rows = fixed.new_empty(len(fixed) + self.capacity, linearization.image_size)
         self.rows[: len(fixed)] = fixed
-        self.w = fixed[:0]
+        self.w = self._block = fixed[:0]
         self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
         self.scale = scale
         self.is_restarted = False
@@ -204,13 +204,19 @@ class _Space:
     def tensor(self, array: NDArray) -> Tensor:
         return torch.as_tensor(array, dtype=self.rows.dtype, device=self.rows.device)
 
+    def _keep(self, w: Tensor) -> None:
+        """As the next block, in one place: new memory at every step would leave holes between older pieces."""
+        if len(w) > len(self._block):
+            self._block = torch.empty_like(w)
+        self.w = self._block[: len(w)].copy_(w)
+
     def append(self, block: Tensor) -> None:
         """Let vectors (p, N) join the next block; F V has no part in them."""
         new = block / torch.linalg.vector_norm(block, dim=1).max()
         for _ in range(2):
             new = _project(_project(new, self.rows[: self.n_fixed + self.m]), self.w)
             new, _ = self._orthonormal(new, floor=100 * self.eps)
-        self.w = torch.cat([self.w, new])[: self.n - self.m]
+        self._keep(torch.cat([self.w, new])[: self.n - self.m])
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
 
     def expand(self) -> None:
@@ -235,7 +241,8 @@ class _Space:
             w, again = self._orthonormal(_project(w, basis), floor=0.5)
             r = again @ r
         w, r = w[: self.n - m - b], r[: self.n - m - b]
-        self.t, self.w, self.c = t, w, np.hstack([np.zeros((len(r), m)), r])
+        self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
+        self._keep(w)
 
     def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """J times rows, and F times rows, before the projection."""
@@ -287,7 +294,8 @@ class _Space:
         self.t = (t + t.T) / 2
         for _ in range(2):
             w = _project(w, self.rows[: self.n_fixed + self.m])
-        self.w, r = self._orthonormal(w, floor=0.0)
+        w, r = self._orthonormal(w, floor=0.0)
+        self._keep(w)
         self.c = r @ c
         self.is_restarted = True
 
@@ -334,7 +342,7 @@ class _Search:
             self.accepted, self.inflation = _DELTA, float(torch.linalg.vector_norm(start)) / _RANDOM_PART
         self.starts = len(start)
         self.space.append(start)
-        self.random = self.space.w if v0 is None else None
+        self.random = self.space.w.clone() if v0 is None else None
         self._run()
         space, (theta, _, y) = self.space, self.ritz
         null = theta <= self.tol * self.largest
@@ -434,7 +442,7 @@ class _Search:
         """
         theta, rho, y = (a[..., pairs] for a in self.ritz)
         aim = self.tol * self.largest
-        open_ = (rho > aim) | (abs(theta - x) > 2 * aim)
+        open_ = (rho > 0.01 * aim) | (abs(theta - x) > 2 * aim)
         if self.space.is_restarted:
             distance = abs(theta[open_] - x)
             return float((rho[open_] / distance)[np.argmin(distance)]) if len(distance) else 0.0
