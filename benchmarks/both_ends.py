@@ -2,7 +2,8 @@
 
 Linear models of real spectra (``tests/spectra``), whose truth is known, and networks with random weights, whose vectors
 are judged in float64 against a long run in float64. One thread. Prints a Markdown table, writes ``both_ends.json``;
-ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic.
+ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic. "auto, next image" uses the program that "auto" left,
+as every further image does.
 
     python benchmarks/both_ends.py [--problems NAME ...] [--methods NAME ...] [--k 1 3] [--tol 1e-4 1e-6] [--limit 600]
 """
@@ -31,7 +32,7 @@ from models import OnOff
 from products import with_random_head
 
 SPECTRA = pathlib.Path(__file__).parents[1] / "tests" / "spectra"
-METHODS = ["auto", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
+METHODS = ["auto", "auto, next image", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
 if importlib.util.find_spec("primme"):
     METHODS.append("primme")
 if importlib.util.find_spec("plenoptic"):
@@ -135,7 +136,14 @@ def solve(
     which = "largest" if method == "randomized_svd" else "both"
     try:
         result = eigenpairs(
-            operator, k, which, method=method, tol=tol, rng=0, maxiter=MAXITER.get(method), progress=False
+            operator,
+            k,
+            which,
+            method=method.removesuffix(", next image"),
+            tol=tol,
+            rng=0,
+            maxiter=MAXITER.get(method),
+            progress=False,
         )
         outcome = "converged"
     except ConvergenceError as error:

@@ -570,7 +570,9 @@ class _Search:
         if self.probes:
             ground += ", and of another from random vectors orthogonal to them"
         if self.chance > 0:
-            ground += f"; one more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
+            ground += (
+                f"; an eigenvalue more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
+            )
         details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
         if self.nullity is not None:
             details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
