@@ -17,6 +17,7 @@ from fisherop.result import SolverStopped
 
 _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe misses
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
+_CHEAP = 30  # vectors, up to which it may not end before that chance is below δ
 _RANDOM_PART = 0.1  # of a start from v0
 _SLAB = 2**16  # columns of V that are combined at a time
 
@@ -383,7 +384,7 @@ class _Search:
                 break
             if space.m >= self.top + self.bottom and settled.all():
                 self.chance = self._chance_of_more()
-                if self.chance <= self.accepted:
+                if self.chance <= (self.accepted if space.m > _CHEAP else _DELTA):
                     break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
