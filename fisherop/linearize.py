@@ -250,11 +250,15 @@ class Linearization:
             return response.clone(), torch.zeros_like(response) if jv is None else jv.clone()
 
     def _vectorises(self, v: Tensor) -> bool:
-        """Whether blocks of products work, and are more than a loop with a warning at every call."""
+        """Whether blocks of products work, are right, and are more than a loop with a warning at every call."""
+        block = torch.cat([v, v.flip(-1)])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                self.vjp(self.jvp(torch.cat([v, v])))
+                jv = self.jvp(block)
+                for at_once, one in ((jv, self.jvp(block[1:])), (self.vjp(jv), self.vjp(jv[1:]))):
+                    if ((at_once[1:] - one).abs() > _tolerance(one.dtype) * one.abs().max()).any():
+                        raise RuntimeError("two products at once differ from single ones")
             except RuntimeError as error:
                 _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
                 return False

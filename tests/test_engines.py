@@ -225,6 +225,14 @@ def test_random_networks_match_dense_autograd(engine, names, seed, several, dtyp
     check_products(lin, dense(net(names, seed, several), image()), dtype)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_wrong_blocks_of_pytorchs_are_taken_apart(engine):
+    """In PyTorch 2.13 the batched backward pass of a batch norm is wrong for a gradient in layout channels_last."""
+    names = ["softplus", "norm transposed norm", "channels last", "adaptive pool"]
+    lin = linearize(image(torch.float32), net(names, dtype=torch.float32), engine=engine)
+    check_products(lin, dense(net(names), image()), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_derivative_of_pytorchs_is_not_believed(dtype):
     """See above; the traced engine is right or refused."""
