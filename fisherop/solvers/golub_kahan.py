@@ -76,6 +76,8 @@ def golub_kahan(
     ------
     SolverStopped
         Not converged in `maxiter` steps, or interrupted from the keyboard; it carries the Ritz vectors.
+    ValueError
+        `max_basis` or `basis_memory` is too small, or `v0` or `orthogonal_to` has another shape than these.
 
     References
     ----------
@@ -278,7 +280,8 @@ class _Space:
         """Keep the smallest and the largest harmonic Ritz vectors, of F + shift, and what continues from them.
 
         With A = T + shift and K = [A; C] they satisfy A q = μ KᵀK q. Where A = L Lᵀ, the right singular vectors of
-        [L; C L⁻ᵀ] are Lᵀq: both ends accurate.
+        [L; C L⁻ᵀ] are Lᵀq, accurate at both ends. For kept vectors Q the residuals of F V Q lie in W − V A⁻¹ Cᵀ,
+        orthogonalised to V Q.
         """
         a = self.t + shift * np.eye(self.m)
         factor = np.linalg.cholesky(a)
