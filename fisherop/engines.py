@@ -89,19 +89,22 @@ class Traced:
 class _Program:
     """What tracing leaves: of a model, for images of one shape and dtype.
 
-    ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v.
+    ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v, and
+    so does `plain`, by operations that can be vectorised.
     """
 
     def __init__(
         self,
         prepare: Callable[..., tuple],
         single: dict[str, Callable[..., tuple]],
+        plain: dict[str, Callable[..., tuple]],
         statics: list[Tensor],
         largest_bytes: int,
         reads_image: bool,
     ) -> None:
         self.prepare = prepare
         self.single = single
+        self.plain = plain
         self.statics = statics
         self.largest_bytes = largest_bytes
         self.reads_image = reads_image
@@ -110,6 +113,8 @@ class _Program:
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
         """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
         block = block.contiguous()  # as in the recording, where layouts decided which copies were made
+        if len(block) == 1:
+            return self.single[direction](block[0], *constants)[0][None]
         key = direction, len(block)
         if key not in self._blocks:
             self._blocks[key] = self._of_block(direction, constants, block)
@@ -124,12 +129,10 @@ class _Program:
             return None
         generator = torch.Generator().manual_seed(0)
         trial = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-        if len(trial) == 1:
-            return self._vectorised(self.single[direction], constants, trial)
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")
-                program = self._vectorised(self.single[direction], constants, trial)
+                program = self._vectorised(self.plain[direction], constants, trial)
             last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
             tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
             if ((last - one).abs() > tolerance).any():
@@ -140,10 +143,10 @@ class _Program:
         return program
 
     @staticmethod
-    def _vectorised(single: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
+    def _vectorised(plain: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
         tape = Tape()
         inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
-        out = lower(tape, tape.record(lambda: _batched(lambda one: single(one, *constants)[0], trial)))
+        out = lower(tape, tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 
@@ -171,19 +174,21 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program
     )
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
-    outputs = {"jvp": (simplify(tape, forward), v), "vjp": (simplify(tape, backward), u)}
-    nodes = {direction: needed([out], above=IMAGE) for direction, (out, _) in outputs.items()}
-    parents = {p.index: p for node in itertools.chain(*nodes.values()) for p in node.parents}
+    vectors = {"jvp": v, "vjp": u}
+    plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
+    single = {direction: lower(tape, out) for direction, out in plain.items()}
+    nodes = needed([*plain.values(), *single.values()], above=IMAGE)
+    parents = {p.index: p for node in nodes for p in node.parents}
     constants = [p for p in parents.values() if p.level == IMAGE]
     prepare = compile_nodes(needed([answer, *constants], above=STATIC), [x], [answer, *constants])
-    single = {
-        direction: compile_nodes(nodes[direction], [vector, *constants], [out])
-        for direction, (out, vector) in outputs.items()
-    }
+    single, plain = (
+        {d: compile_nodes(needed([out], above=IMAGE), [vectors[d], *constants], [out]) for d, out in outputs.items()}
+        for outputs in (single, plain)
+    )
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [t for t in statics if t.untyped_storage().data_ptr() not in tape.external]
-    largest_bytes = max(n.value.nbytes for n in itertools.chain(*nodes.values()) if isinstance(n.value, Tensor))
-    return _Program(prepare, single, own, largest_bytes, tape.reads_image), [c.value for c in constants]
+    largest_bytes = max(n.value.nbytes for n in nodes if isinstance(n.value, Tensor))
+    return _Program(prepare, single, plain, own, largest_bytes, tape.reads_image), [c.value for c in constants]
 
 
 def _kind(image: Tensor) -> Hashable:

@@ -209,8 +209,10 @@ class Linearization:
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
     ) -> Tensor:
-        alone = contextlib.nullcontext() if isinstance(self._engine, Traced) else _ONE_AT_A_TIME
-        with alone, torch.inference_mode(False), torch.no_grad(), torch.autocast(block.device.type, enabled=False):
+        device, nothing = block.device.type, contextlib.nullcontext()
+        alone = nothing if isinstance(self._engine, Traced) else _ONE_AT_A_TIME
+        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nothing
+        with alone, torch.inference_mode(False), torch.no_grad(), plain:
             out = block.new_empty(len(block), *shape)
             n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
             for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():

@@ -229,6 +229,36 @@ def _join_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> 
     return scaled and tape.linear(node.value, node.op, x.args[0], scaled, None, *rest)
 
 
+def _join_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """A mask after a choice of elements, as max pooling makes it in forward mode, and not before: they are fewer."""
+    x, dimension, places = args
+    if 0 not in alone or not _is_linear(x) or not _is_constant(places) or places.value.numel() >= x.value.numel():
+        return None
+    masked = x.args[0] if x.op is torch.reshape else x
+    if masked.op is not aten.threshold_backward.default or not _is_constant(masked.args[1]):
+        return None
+    g, point, threshold = masked.args
+    shape = list(x.value.shape)
+    chosen = tape.linear(node.value, node.op, tape.linear(x.value, torch.reshape, g, shape), dimension, places)
+    points = tape.constant(node.op, tape.constant(torch.reshape, point, shape), dimension, places)
+    return tape.linear(node.value, masked.op, chosen, points, threshold)
+
+
+def _join_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """The same for its transpose: the mask before the backward pass of max pooling."""
+    x, point, threshold = args
+    if x.op is not aten.max_pool2d_with_indices_backward.default or 0 not in alone or not _is_constant(point):
+        return None
+    g, places = x.args[0], x.args[-1]
+    if not _is_linear(g) or not _is_constant(places) or g.value.numel() >= x.value.numel():
+        return None
+    flat = [[*a.value.shape[:-2], a.value.shape[-2:].numel()] for a in (point, places)]
+    point, places = (tape.constant(torch.reshape, a, shape) for a, shape in zip((point, places), flat, strict=True))
+    chosen = tape.constant(aten.gather.default, point, -1, places)
+    chosen = tape.constant(torch.reshape, chosen, list(g.value.shape))
+    return tape.linear(node.value, x.op, tape.linear(g.value, node.op, g, chosen, threshold), *x.args[1:])
+
+
 def _is_per_channel(c: Node, x: Node) -> bool:
     shape = [1] * (x.value.ndim - c.value.ndim) + list(c.value.shape)
     return c.level == STATIC and shape == [1, x.value.shape[1]] + [1] * (x.value.ndim - 2)
@@ -297,6 +327,59 @@ def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     return tape.linear(node.value, node.op, tape.linear(x.value, _nhwc, x), *args[1:])
 
 
+def _lower_add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """Both terms in one layout, since what a convolution reads is converted for it anyway."""
+    if not (all(map(_is_linear, args)) and _wants_nhwc(node)):
+        return None
+    converted = [_is_laid_out(a) for a in args]
+    if converted[0] == converted[1] or any(a.value.shape != node.value.shape for a in args):
+        return None
+    args = [a if done else tape.linear(a.value, _nhwc, a) for a, done in zip(args, converted, strict=True)]
+    return tape.linear(node.value, node.op, *args)
+
+
+def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """The choice that max pooling makes in forward mode, by places in the layout in which a convolution left `x`."""
+    x, dimension, places = args
+    source = x.args[0] if x.op is torch.reshape else x
+    if not (_is_laid_out(source) and len(source.value) == 1 and dimension in (-1, 2) and _is_constant(places)):
+        return None
+    channels = source.value.shape[1]
+    if x.value.ndim != 3 or x.value.shape[1] != channels or places.value.shape[1] != channels:
+        return None
+    return tape.linear(node.value, _take_nhwc, source, tape.constant(_places_nhwc, places), channels)
+
+
+def _places_nhwc(places: Tensor) -> Tensor:
+    """Of places within each channel, (1, C, n)."""
+    channels = places.shape[1]
+    return (places.mT * channels + torch.arange(channels)).reshape(-1)
+
+
+def _take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
+    """Elements of (1, C, H, W), as (1, C, n)."""
+    return x.permute(0, 2, 3, 1).reshape(-1).index_select(0, places).reshape(1, -1, channels).mT
+
+
+def _lower_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """With the mask in the layout of what was taken."""
+    x, point, threshold = args
+    if x.op is not _take_nhwc or not _is_constant(point):
+        return None
+    return tape.linear(node.value, node.op, x, tape.constant(_last, point), threshold)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def _is_laid_out(x: Node) -> bool:
+    """Whether a convolution made this tensor's layout."""
+    if x.op in (_nhwc, aten.convolution.default):
+        return _wants_nhwc(x)
+    return x.op in _KEEP_LAYOUT and any(_is_linear(a) and _is_laid_out(a) for a in x.args)
+
+
 def _guard(tape: Tape, out: Node) -> Node:
     """Give a contiguous tensor to operations that may rely on it, where a layout has been changed by `_lay_out`."""
     changed: set[int] = set()
@@ -328,7 +411,7 @@ def _is_nhwc(x: Any) -> bool:
 def _takes_any_layout(op: Callable) -> bool:
     if isinstance(op, torch._ops.OpOverload):
         return op.is_view or torch.Tag.pointwise in op.tags or op in _ANY_LAYOUT
-    return op in (torch.reshape, _nhwc, _convolve_transposed, _unpool, operator.getitem)
+    return op in (torch.reshape, _nhwc, _take_nhwc, _convolve_transposed, _unpool, operator.getitem)
 
 
 def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
@@ -388,7 +471,12 @@ _CLEAN: dict[Callable, Rule] = {
         _elementwise,
     ),
 }
-_JOIN: dict[Callable, Rule] = {aten.mul.Tensor: _join_mul, aten.convolution.default: _join_convolution}
+_JOIN: dict[Callable, Rule] = {
+    aten.mul.Tensor: _join_mul,
+    aten.convolution.default: _join_convolution,
+    aten.gather.default: _join_gather,
+    aten.threshold_backward.default: _join_threshold,
+}
 _KEEP_LAYOUT = {
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -400,6 +488,9 @@ _KEEP_LAYOUT = {
     aten.avg_pool2d.default,
 }
 _LOWER: dict[Callable, Rule] = {
+    aten.add.Tensor: _lower_add,
+    aten.gather.default: _lower_gather,
+    aten.threshold_backward.default: _lower_threshold,
     aten.convolution.default: _lower_convolution,
     aten.max_pool2d_with_indices_backward.default: _lower_max_pool_backward,
 }

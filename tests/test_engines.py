@@ -102,6 +102,9 @@ LAYERS = {
     "gate": lambda: Gate(C),
     "fill": lambda: Fill(),
     "max pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "stem": lambda: nn.Sequential(
+        nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Skip(nn.Conv2d(C, C, 3, padding=1))
+    ),
     "average pool": lambda: nn.AvgPool2d(2, ceil_mode=True),
     "adaptive pool": lambda: nn.AdaptiveAvgPool2d(3),
     "upsample": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),

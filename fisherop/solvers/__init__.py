@@ -110,7 +110,7 @@ def eigenpairs(
     aim = 0.95 * tol
     if solver is not golub_kahan:
         aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
-    certificate = 1.5 * min(n, 2 * k) + 2.5
+    certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
         try:

@@ -230,7 +230,7 @@ class _Space:
         h = images @ images.T
         # what is known of F W: its part in V, by symmetry, and in W
         linked = slice(np.flatnonzero(self.c.any(axis=0))[0], m) if self.c.any() else slice(0, 0)
-        fw = fw - self.tensor(self.c[:, linked]) @ self.v[linked] - self.tensor(h) @ w
+        fw = fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
         basis = self.rows[: self.n_fixed + m + b]
         basis[self.n_fixed + m :] = w
         for _ in range(3):  # reorthogonalisation
@@ -260,10 +260,10 @@ class _Space:
             return block, np.zeros((0, 0))
         block = block.double()  # T would be too large by what norms are wrong by
         if len(block) == 1:
-            r = torch.linalg.vector_norm(block).reshape(1, 1)
-            q = block.T / r
-        else:
-            q, r = torch.linalg.qr(block.T)
+            length = torch.linalg.vector_norm(block).item()
+            kept = slice(int(length > floor))
+            return self.tensor(block[kept] / length), np.array([[length]])[kept]
+        q, r = torch.linalg.qr(block.T)
         left, s, right = np.linalg.svd(r.cpu().numpy())
         kept = s > floor
         return self.tensor(torch.as_tensor(left[:, kept].T).to(q) @ q.T), s[kept, None] * right[kept]
@@ -601,4 +601,4 @@ class _Search:
 
 def _project(block: Tensor, basis: Tensor) -> Tensor:
     """The part of each row that is orthogonal to the rows of an orthonormal basis."""
-    return block - (block @ basis.T) @ basis
+    return torch.addmm(block, block @ basis.T, basis, alpha=-1)
