@@ -19,7 +19,7 @@ _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe m
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
 _CHEAP = 30  # vectors, up to which it may not end before that chance is below δ
 _RANDOM_PART = 0.1  # of a start from v0
-_SLAB = 2**16  # columns of V that are combined at a time
+_SLAB = 2**16  # columns that go through temporary memory at a time
 
 
 def golub_kahan(
@@ -217,8 +217,9 @@ class _Space:
         """Let vectors (p, N) join the next block; F V has no part in them."""
         new = block / torch.linalg.vector_norm(block, dim=1).max()
         for _ in range(2):
-            new = _project(_project(new, self.rows[: self.n_fixed + self.m]), self.w)
-            new, _ = self._orthonormal(new, floor=100 * self.eps)
+            _project(new, self.rows[: self.n_fixed + self.m])
+            _project(new, self.w)
+            new, _ = _orthonormalise(new, floor=100 * self.eps)
         self._keep(torch.cat([self.w, new])[: self.n - self.m])
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
 
@@ -226,22 +227,22 @@ class _Space:
         """W becomes part of V; what F makes of it, beyond V, becomes W."""
         m, b, w = self.m, len(self.w), self.w
         images, fw = self.multiply(w)
-        images = images.double().cpu().numpy()
-        h = images @ images.T
+        h = _inner(images, images)
         # what is known of F W: its part in V, by symmetry, and in W
         linked = slice(np.flatnonzero(self.c.any(axis=0))[0], m) if self.c.any() else slice(0, 0)
-        fw = fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
+        fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
         basis = self.rows[: self.n_fixed + m + b]
         basis[self.n_fixed + m :] = w
         for _ in range(3):  # reorthogonalisation
             before = torch.linalg.vector_norm(fw, dim=1)
-            fw = _project(fw, basis)
+            _project(fw, basis)
             if bool((torch.linalg.vector_norm(fw, dim=1) > 0.5 * before).all()):
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
-        w, r = self._orthonormal(fw, floor=self.eps * np.abs(t).max())
+        w, r = _orthonormalise(fw, floor=self.eps * np.abs(t).max())
         if b > 1:  # short directions of a block are not orthogonal to V yet; what they lose now is rounding
-            w, again = self._orthonormal(_project(w, basis), floor=0.5)
+            _project(w, basis)
+            w, again = _orthonormalise(w, floor=0.5)
             r = again @ r
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
@@ -251,22 +252,8 @@ class _Space:
         """J times rows, and F times rows, before the projection."""
         images = self.lin.jvp(rows.reshape(len(rows), *self.lin.image_shape))
         self.scale = self.scale or float(images.double().norm()) or 1.0
-        images = images / self.scale
-        return images, self.lin.vjp(images).reshape(len(rows), -1) / self.scale
-
-    def _orthonormal(self, block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
-        """Q and C with block = Q C, without directions shorter than `floor`."""
-        if len(block) == 0:
-            return block, np.zeros((0, 0))
-        block = block.double()  # T would be too large by what norms are wrong by
-        if len(block) == 1:
-            length = torch.linalg.vector_norm(block).item()
-            kept = slice(int(length > floor))
-            return self.tensor(block[kept] / length), np.array([[length]])[kept]
-        q, r = torch.linalg.qr(block.T)
-        left, s, right = np.linalg.svd(r.cpu().numpy())
-        kept = s > floor
-        return self.tensor(torch.as_tensor(left[:, kept].T).to(q) @ q.T), s[kept, None] * right[kept]
+        images /= self.scale
+        return images, self.lin.vjp(images).reshape(len(rows), -1).div_(self.scale)
 
     def ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Ritz values, ascending; the norms of their residuals; their vectors in V's coordinates, columns."""
@@ -289,7 +276,7 @@ class _Space:
         z = np.linalg.svd(np.vstack([factor, beside]))[2].T
         kept = np.linalg.solve(factor.T, z[:, np.r_[:high, self.m - low : self.m]])
         q = np.linalg.qr(kept / np.linalg.norm(kept, axis=0))[0]
-        w = self.w - self.vectors(np.linalg.solve(a, self.c.T))
+        w = self.w.addmm_(self.tensor(np.linalg.solve(a, self.c.T).T), self.v, alpha=-1)
         c = self.c @ q
         t = q.T @ self.t @ q
         v, new = self.v, self.tensor(q.T)
@@ -297,9 +284,8 @@ class _Space:
             columns[: low + high] = new @ columns
         self.t = (t + t.T) / 2
         for _ in range(2):
-            w = _project(w, self.rows[: self.n_fixed + self.m])
-        w, r = self._orthonormal(w, floor=0.0)
-        self._keep(w)
+            _project(w, self.rows[: self.n_fixed + self.m])
+        self.w, r = _orthonormalise(w, floor=0.0)
         self.c = r @ c
         self.is_restarted = True
 
@@ -490,7 +476,9 @@ class _Search:
 
         lowest = max(theta[0], 0.0)
         below = distance(lowest, -1, lowest) if lowest > 0 else np.inf
-        self.bounds = max(lowest - below, 0.0), theta[-1] + distance(theta[-1], 1, 1e3 * theta[-1])
+        rounding = 10 * self.space.eps * theta[-1]  # of T
+        above = distance(theta[-1], 1, 1e3 * theta[-1])
+        self.bounds = max(lowest - below - rounding, 0.0), theta[-1] + above + rounding
 
     def _join(self, new: Tensor) -> None:
         """Ritz vectors from what was found and what joins it, by F times the latter."""
@@ -599,6 +587,28 @@ class _Search:
         return vectors[:, :top], vectors[:, top:]
 
 
-def _project(block: Tensor, basis: Tensor) -> Tensor:
-    """The part of each row that is orthogonal to the rows of an orthonormal basis."""
-    return torch.addmm(block, block @ basis.T, basis, alpha=-1)
+def _project(block: Tensor, basis: Tensor) -> None:
+    """Leave, of each row, what is orthogonal to the rows of an orthonormal basis."""
+    block.addmm_(block @ basis.T, basis, alpha=-1)
+
+
+def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
+    """Q in the place of `block`, and C, with block = Q C; without directions shorter than `floor`.
+
+    In float64, or T would be too large by what norms are wrong by.
+    """
+    r = block.new_empty(0, len(block), dtype=torch.float64)
+    for columns in block.split(_SLAB, dim=1):
+        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
+    _, s, right = np.linalg.svd(r.cpu().numpy(), full_matrices=False)
+    s, right = s[s > floor, None], right[s > floor]
+    turn = torch.as_tensor(right / s).to(r)
+    for columns in block.split(_SLAB, dim=1):
+        columns[: len(s)] = turn @ columns.double()
+    return block[: len(s)], s * right
+
+
+def _inner(a: Tensor, b: Tensor) -> NDArray[np.float64]:
+    """Inner products of rows, in float64."""
+    slabs = zip(a.split(_SLAB, dim=1), b.split(_SLAB, dim=1), strict=True)
+    return sum(x.double() @ y.double().T for x, y in slabs).cpu().numpy()
