@@ -19,6 +19,7 @@ _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe m
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
 _CHEAP = 30  # vectors, up to which it may not end before that chance is below δ
 _RANDOM_PART = 0.1  # of a start from v0
+_PIECE = 2**12  # columns in one sum
 _SLAB = 2**16  # columns that go through temporary memory at a time
 
 
@@ -181,15 +182,22 @@ class _Space:
 
     def __init__(self, linearization: Any, fixed: Tensor, capacity: int, scale: float) -> None:
         self.lin = linearization
-        self.n_fixed = len(fixed)
-        self.n = linearization.image_size - len(fixed)  # the dimension of the complement
-        self.capacity = min(capacity, self.n)
         self.eps = torch.finfo(fixed.dtype).eps
-        self.rows = fixed.new_empty(len(fixed) + self.capacity, linearization.image_size)
-        self.rows[: len(fixed)] = fixed
-        self.w = self._block = fixed[:0]
-        self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
+        self.rows = fixed.new_empty(len(fixed) + capacity, linearization.image_size)
+        self._block = fixed[:0]
         self.scale = scale
+        self.begin(fixed)
+
+    def begin(self, *fixed: Tensor) -> None:
+        """Empty, beside what is fixed now, in the same memory."""
+        self.n_fixed = 0
+        for rows in fixed:
+            self.rows[self.n_fixed : self.n_fixed + len(rows)] = rows
+            self.n_fixed += len(rows)
+        self.n = self.lin.image_size - self.n_fixed  # the dimension of the complement
+        self.capacity = min(len(self.rows) - self.n_fixed, self.n)
+        self.w = self._block[:0]
+        self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
         self.is_restarted = False
 
     @property
@@ -279,9 +287,7 @@ class _Space:
         w = self.w.addmm_(self.tensor(np.linalg.solve(a, self.c.T).T), self.v, alpha=-1)
         c = self.c @ q
         t = q.T @ self.t @ q
-        v, new = self.v, self.tensor(q.T)
-        for columns in v.split(_SLAB, dim=1):  # in place, since V may fill the memory it was given
-            columns[: low + high] = new @ columns
+        _combine(self.v, self.tensor(q.T))
         self.t = (t + t.T) / 2
         for _ in range(2):
             _project(w, self.rows[: self.n_fixed + self.m])
@@ -334,24 +340,27 @@ class _Search:
         self.space.append(start)
         self.random = self.space.w.clone() if v0 is None else None
         self._run()
-        space, (theta, _, y) = self.space, self.ritz
+        theta, _, y = self.ritz
         null = theta <= self.tol * self.largest
         if self.bottom and null.any() and self.random is not None:
             self.nullity = self._estimate_number(y[:, null])
-        # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
-        ends = self._ends(space.m, space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 16))
-        self.fixed, self.fixed_theta = space.vectors(y[:, ends]), theta[ends]
 
     def look_for_missed(self) -> None:
         """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
+        if self.starts >= self.k:
+            return
+        # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
+        space, (theta, _, y) = self.space, self.ritz
+        ends = self._ends(space.m, space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 16))
+        self.fixed, self.fixed_theta = space.vectors(y[:, ends]), theta[ends]
         p, joined = 1, True
         while joined and self.starts < self.k and self.n > len(self.fixed):
             joined = self._probe(p)
             self.starts += p
             p = self.k
             if joined:  # what joins has converged beside the rest, not together with it
-                self.space = _Space(self.lin, self.given, self.capacity, self.space.scale)
-                self.space.append(self.found[2])
+                space.begin(self.given)
+                space.append(self.found[2])
                 self._run()
 
     def _run(self) -> None:
@@ -398,9 +407,8 @@ class _Search:
         if not (below or above):
             return False  # nothing that is missed could change an index
         self.probes += 1
-        aside = torch.cat([self.given, self.fixed])
-        self.space = space = _Space(self.lin, aside, self.capacity - len(self.fixed), self.space.scale)
-        self.next_check = 0
+        space, self.next_check = self.space, 0
+        space.begin(self.given, self.fixed)
         space.append(self._draw(p))
         while True:
             self.ritz = t, r, y = self._next_ritz()
@@ -485,15 +493,14 @@ class _Search:
         space, old = self.space, len(self.fixed)
         _, f_new = space.multiply(new)
         self.fixed = torch.cat([self.fixed, new])
-        beside = (self.fixed @ f_new.T).double().cpu().numpy()
+        beside = _inner(self.fixed, f_new)
         t = np.zeros((len(self.fixed), len(self.fixed)))
         t[:old, :old] = np.diag(self.fixed_theta)
         t[:, old:], t[old:, :] = beside, beside.T
-        self.fixed_theta, y = np.linalg.eigh((t + t.T) / 2)
-        self.fixed = space.tensor(y.T) @ self.fixed
-        wanted, ends = self._wanted(len(self.fixed)), self._ends(len(self.fixed), len(self.fixed))
-        self.found = self.fixed_theta[wanted], np.zeros(len(wanted)), self.fixed[torch.as_tensor(wanted)]
-        self.fixed, self.fixed_theta = self.fixed[torch.as_tensor(ends)], self.fixed_theta[ends]
+        theta, y = np.linalg.eigh((t + t.T) / 2)
+        wanted, ends = self._wanted(len(theta)), self._ends(len(theta), len(theta))
+        self.found = theta[wanted], np.zeros(len(wanted)), space.tensor(y[:, wanted].T) @ self.fixed
+        self.fixed, self.fixed_theta = _combine(self.fixed, space.tensor(y[:, ends].T)), theta[ends]
 
     def _next_ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Go on until it is time to look."""
@@ -535,7 +542,7 @@ class _Search:
     def _estimate_number(self, y: NDArray) -> tuple[float, float]:
         """How many of N eigenvalues stand behind Ritz vectors: N × the random start's share in them; its deviation."""
         b = len(self.random)
-        share = (self.space.vectors(y) @ self.random.T).double().square().sum().item() / b
+        share = np.square(y.T @ _inner(self.space.v, self.random)).sum() / b
         count = share * self.n
         return count, math.sqrt(2 * count / b)
 
@@ -589,7 +596,19 @@ class _Search:
 
 def _project(block: Tensor, basis: Tensor) -> None:
     """Leave, of each row, what is orthogonal to the rows of an orthonormal basis."""
-    block.addmm_(block @ basis.T, basis, alpha=-1)
+    # A sum in float32 that holds one large product loses the small ones that come after it: by pieces, each from zero.
+    n = block.shape[1] // _PIECE * _PIECE
+    pieces, others = (rows[:, :n].unflatten(1, (-1, _PIECE)) for rows in (block, basis))
+    overlaps = torch.bmm(pieces.transpose(0, 1), others.permute(1, 2, 0)).sum(dim=0, dtype=torch.float64)
+    overlaps += block[:, n:] @ basis[:, n:].T
+    block.addmm_(overlaps.to(block.dtype), basis, alpha=-1)
+
+
+def _combine(rows: Tensor, y: Tensor) -> Tensor:
+    """y times rows, in their place, which may be all the memory that there is."""
+    for columns in rows.split(_SLAB, dim=1):
+        columns[: len(y)] = y @ columns
+    return rows[: len(y)]
 
 
 def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
