@@ -223,9 +223,10 @@ def test_random_networks_match_dense_autograd(engine, names, seed, several, dtyp
     # PyTorch 2.13, layout channels_last: the backward pass of one norm is wrong, the other has no forward mode
     assume(not {"instance norm", "group norm"} & set(names) or not {"channels last", "permuted linear"} & set(names))
     names = ["softplus", *names]  # after which no pixel sits on the kink of an activation
-    model = net(names, seed, several, dtype)
-    lin = linearize(image(dtype), model, engine=engine)
-    check_products(lin, dense(net(names, seed, several), image()), dtype)
+    truth = dense(net(names, seed, several), image())
+    assume(truth.abs().max() > 1e-30)  # "gate of one" four times in a row: what float32 can't hold
+    lin = linearize(image(dtype), net(names, seed, several, dtype), engine=engine)
+    check_products(lin, truth, dtype)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
