@@ -616,12 +616,15 @@ def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
 
     In float64, or T would be too large by what norms are wrong by.
     """
-    r = block.new_empty(0, len(block), dtype=torch.float64)
-    for columns in block.split(_SLAB, dim=1):
-        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
-    _, s, right = np.linalg.svd(r.cpu().numpy(), full_matrices=False)
+    if len(block) == 1:
+        s, right = np.sqrt(_inner(block, block))[0], np.ones((1, 1))
+    else:
+        r = block.new_empty(0, len(block), dtype=torch.float64)
+        for columns in block.split(_SLAB, dim=1):
+            r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
+        _, s, right = np.linalg.svd(r.cpu().numpy(), full_matrices=False)
     s, right = s[s > floor, None], right[s > floor]
-    turn = torch.as_tensor(right / s).to(r)
+    turn = torch.as_tensor(right / s, device=block.device)
     for columns in block.split(_SLAB, dim=1):
         columns[: len(s)] = turn @ columns.double()
     return block[: len(s)], s * right
