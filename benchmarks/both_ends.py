@@ -2,8 +2,8 @@
 
 Linear models of real spectra (``tests/spectra``), whose truth is known, and networks with random weights, whose vectors
 are judged in float64 against a long run in float64. One thread. Prints a Markdown table, writes ``both_ends.json``;
-ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic. "auto, next image" uses the program that "auto"
-left, as every further image does.
+ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic. "auto, next image" uses the program that another
+image left. A method may be named several times, before and after others, to compare seconds.
 
     python benchmarks/both_ends.py [--problems NAME ...] [--methods NAME ...] [--k 1 3] [--tol 1e-4 1e-6] [--limit 600]
 """
@@ -108,6 +108,10 @@ def by_plenoptic(
 def run(
     method: str, image: Tensor, model: nn.Module, k: int, tol: float, limit: float
 ) -> tuple[dict, NDArray, NDArray]:
+    if method.endswith("next image"):
+        FisherOperator(image.flip(-1), model)
+    else:
+        model = copy.deepcopy(model)  # for which no program is kept
     start, done = time.perf_counter(), 0.0
 
     def on_product(count: float) -> None:

@@ -259,7 +259,8 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
             f"eigenindex {result.eigenindex[i]}: λ = {result.eigenvalues[i]:.3e}, residual "
             f"{result.residual_norms[i] / scale:.1e} λ_max, {result.status[i]}"
         )
-    if Status.NOT_EXTREME in result.status or (stopped is not None and result.response_size < result.image_size):
+    too_few = Status.NOT_EXTREME in result.status or (stopped is not None and result.response_size < result.image_size)
+    if too_few and result.method not in ("golub_kahan", "exact"):
         advice = (
             "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
             "method='golub_kahan' or 'exact'"

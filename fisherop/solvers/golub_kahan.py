@@ -17,7 +17,7 @@ from fisherop.result import SolverStopped
 
 _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe misses
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
-_CHEAP = 30  # vectors, up to which it may not end before that chance is below δ
+_CHEAP, _SMALL = 30, 1000  # up to so many vectors, or for N up to that, it may not end before that chance is below δ
 _RANDOM_PART = 0.1  # of a start from v0
 _PIECE = 2**12  # columns in one sum
 _SLAB = 2**16  # columns that go through temporary memory at a time
@@ -55,7 +55,9 @@ def golub_kahan(
     max_basis : int, optional
         Vectors in V, by default as many as `basis_memory` holds, at most 1500.
     basis_memory : int
-        Bytes for V.
+        Bytes for V; all that is held beside it is at most a fifth of that. (The process may grow by more, where glibc
+        is older than 2.38 and can't use again the holes that aligned tensors leave: set ``MALLOC_MMAP_THRESHOLD_`` to
+        1000000 in its environment.)
     v0 : ndarray, shape (N,) or (N, p), optional
         Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.1, so that no
         eigenvector is left out.
@@ -70,8 +72,9 @@ def golub_kahan(
     -------
     values (K,), vectors (N, K), details
         In details: ``nullity``, an estimate of the number of eigenvalues that are null to tol and its standard error,
-        where some are; ``history``, a list; ``restarts``. Outer bounds of λ_min and λ_max hold with probability 0.998
-        over the random start, see `chance_of_missing`.
+        where some are (too large where others follow without a gap, since Ritz vectors hold a part of those);
+        ``history``, a list; ``restarts``. Outer bounds of λ_min and λ_max hold with probability 0.998 over the random
+        start, see `chance_of_missing`.
 
     Raises
     ------
@@ -83,12 +86,16 @@ def golub_kahan(
     References
     ----------
     .. [1] G. H. Golub and W. Kahan, Calculating the singular values and pseudo-inverse of a matrix, SIAM J. Numer.
-       Anal. 2 (1965). H. D. Simon and H. Zha, Low-rank matrix approximation using the Lanczos bidiagonalization
-       process, SIAM J. Sci. Comput. 21 (2000): one-sided reorthogonalisation.
+       Anal. 2 (1965). G. H. Golub and R. Underwood, The block Lanczos method for computing eigenvalues, in:
+       Mathematical Software III (1977). H. D. Simon and H. Zha, Low-rank matrix approximation using the Lanczos
+       bidiagonalization process, SIAM J. Sci. Comput. 21 (2000): one-sided reorthogonalisation; when to repeat it:
+       J. W. Daniel, W. B. Gragg, L. Kaufman and G. W. Stewart, Reorthogonalization and stable algorithms for updating
+       the Gram–Schmidt QR factorization, Math. Comp. 30 (1976).
     .. [2] K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix
        Anal. Appl. 22 (2000).
-    .. [3] J. Baglama and L. Reichel, Augmented implicitly restarted Lanczos bidiagonalization methods, SIAM J. Sci.
-       Comput. 27 (2005): harmonic Ritz vectors for the smallest end.
+    .. [3] R. B. Morgan, Computing interior eigenvalues of large matrices, Linear Algebra Appl. 154–156 (1991): harmonic
+       Ritz vectors. J. Baglama and L. Reichel, Augmented implicitly restarted Lanczos bidiagonalization methods, SIAM
+       J. Sci. Comput. 27 (2005): with restarts, for the smallest end.
     """
     m, n = operator.jacobian.shape
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
@@ -140,7 +147,10 @@ def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArr
     ``q = ‖C (T − x)⁻¹ S‖₂``. For random vectors in n dimensions, n times its square is nearly χ² with p degrees of
     freedom. For p = 1 this is the bound by Lanczos polynomials of J. L. M. van Dorsselaer, M. E. Hochstenbach and H. A.
     van der Vorst, Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method,
-    SIAM J. Matrix Anal. Appl. 22 (2001). q falls as x goes outwards: what holds for x holds for anything beyond.
+    SIAM J. Matrix Anal. Appl. 22 (2001). It takes the polynomial of this run; that of J. Kuczyński and H. Woźniakowski,
+    Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
+    Appl. 13 (1992), holds for any spectrum and is wider. q falls as x goes outwards: what holds for x holds for
+    anything beyond.
 
     Parameters
     ----------
@@ -375,14 +385,15 @@ class _Search:
             self._record(theta[wanted], rho[wanted])
             # a pair stands for one eigenvalue, and the next has its index, only if it does not blend two
             goal = np.full(len(wanted), 0.1 * self.residual_tol * self.largest)
-            goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] *= 10
+            if self.n > _SMALL or not space.is_restarted:
+                goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] *= 10
             settled = rho[wanted] <= goal
             settled[: self.bottom] |= theta[: self.bottom] <= aim
             if space.m == space.n:
                 break
             if space.m >= self.top + self.bottom and settled.all():
                 self.chance = self._chance_of_more()
-                if self.chance <= (self.accepted if space.m > _CHEAP else _DELTA):
+                if self.chance <= (self.accepted if space.m > _CHEAP and self.n > _SMALL else _DELTA):
                     break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
@@ -420,9 +431,9 @@ class _Search:
             converged = (r[joined] <= aim) | ((t[joined] <= aim) & (joined < i))
             settled = i + j < len(t) or space.m == space.n
             if below and i < min(self.bottom, len(t)):
-                settled &= self._chance(low_end[-1] - aim, slice(i, len(t) - j), p) <= _DELTA
+                settled &= self._would_show(low_end[-1] - aim, slice(i, len(t) - j), p)
             if above and j < min(self.top, len(t)):
-                settled &= self._chance(high_end[0] + aim, slice(i, len(t) - j), p) <= _DELTA
+                settled &= self._would_show(high_end[0] + aim, slice(i, len(t) - j), p)
             if converged.all() and settled:
                 break
             if len(space.w) == 0:
@@ -432,19 +443,20 @@ class _Search:
             self._join(space.vectors(y[:, joined]))
         return len(joined) > 0
 
-    def _chance(self, x: float, pairs: slice, p: int) -> float:
-        """The chance that an eigenvalue x is missed, where some Ritz pairs of the space are not converged.
+    def _would_show(self, x: float, pairs: slice, p: int) -> bool:
+        """Whether an eigenvalue x is improbable, since some Ritz pairs of the space, not all converged, don't show it.
 
-        The random start may be lost in a restart. Then the residual of the next pair decides: the missed vector, whose
-        share in the random start is about as large as that of the pair's own, would show in it.
+        The random start may be lost in a restart. Then the residual of the nearest pair decides, relative to the
+        distance: the missed vector, whose share in the random start is about that of the pair's own, would show in it.
         """
         theta, rho, y = (a[..., pairs] for a in self.ritz)
         aim = self.tol * self.largest
-        open_ = (rho > 0.01 * aim) | (abs(theta - x) > 2 * aim)
+        is_open = (rho > 0.01 * aim) | (abs(theta - x) > 2 * aim)
+        theta, rho, y = theta[is_open], rho[is_open], y[:, is_open]
         if self.space.is_restarted:
-            distance = abs(theta[open_] - x)
-            return float((rho[open_] / distance)[np.argmin(distance)]) if len(distance) else 0.0
-        return chance_of_missing(x, theta[open_], (self.space.c @ y)[:, open_], y[:p, open_], self.space.n)
+            distance = abs(theta - x)
+            return not len(distance) or bool((rho / distance)[np.argmin(distance)] <= _DELTA)
+        return chance_of_missing(x, theta, self.space.c @ y, y[:p], self.space.n) <= _DELTA
 
     def _missing(self, x: float) -> float:
         """`chance_of_missing`, by the random start.
