@@ -235,9 +235,11 @@ def _join_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node 
     if 0 not in alone or not _is_linear(x) or not _is_constant(places) or places.value.numel() >= x.value.numel():
         return None
     masked = x.args[0] if x.op is torch.reshape else x
-    if masked.op is not aten.threshold_backward.default or not _is_constant(masked.args[1]):
+    if masked.op is not aten.threshold_backward.default:
         return None
     g, point, threshold = masked.args
+    if not _is_constant(point) or point.value.shape != masked.value.shape:
+        return None
     shape = list(x.value.shape)
     chosen = tape.linear(node.value, node.op, tape.linear(x.value, torch.reshape, g, shape), dimension, places)
     points = tape.constant(node.op, tape.constant(torch.reshape, point, shape), dimension, places)
@@ -247,7 +249,9 @@ def _join_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node 
 def _join_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """The same for its transpose: the mask before the backward pass of max pooling."""
     x, point, threshold = args
-    if x.op is not aten.max_pool2d_with_indices_backward.default or 0 not in alone or not _is_constant(point):
+    if x.op is not aten.max_pool2d_with_indices_backward.default or 0 not in alone:
+        return None
+    if not _is_constant(point) or point.value.shape != x.value.shape:
         return None
     g, places = x.args[0], x.args[-1]
     if not _is_linear(g) or not _is_constant(places) or g.value.numel() >= x.value.numel():
