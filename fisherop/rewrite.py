@@ -357,7 +357,7 @@ def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node
 def _places_nhwc(places: Tensor) -> Tensor:
     """Of places within each channel, (1, C, n)."""
     channels = places.shape[1]
-    return (places.mT * channels + torch.arange(channels)).reshape(-1)
+    return (places.mT * channels + torch.arange(channels, device=places.device)).reshape(-1)
 
 
 def _take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
@@ -370,18 +370,26 @@ def _lower_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> N
     x, point, threshold = args
     if x.op is not _take_nhwc or not _is_constant(point):
         return None
-    return tape.linear(node.value, node.op, x, tape.constant(_last, point), threshold)
+    return tape.linear(node.value, node.op, x, tape.constant(_as_taken, point), threshold)
 
 
-def _last(x: Tensor) -> Tensor:
+def _as_taken(x: Tensor) -> Tensor:
+    """(1, C, n) in the layout of `_take_nhwc`."""
     return x.mT.contiguous().mT
 
 
 def _is_laid_out(x: Node) -> bool:
     """Whether a convolution made this tensor's layout."""
-    if x.op in (_nhwc, aten.convolution.default):
-        return _wants_nhwc(x)
-    return x.op in _KEEP_LAYOUT and any(_is_linear(a) and _is_laid_out(a) for a in x.args)
+    seen: set[int] = set()
+    stack = [x]
+    while stack:
+        x = stack.pop()
+        if x.op in (_nhwc, aten.convolution.default) and _wants_nhwc(x):
+            return True
+        if x.op in _KEEP_LAYOUT and x.index not in seen:
+            seen.add(x.index)
+            stack.extend(filter(_is_linear, x.args))
+    return False
 
 
 def _guard(tape: Tape, out: Node) -> Node:
