@@ -1,8 +1,8 @@
 """How products with a Jacobian are made: each engine differentiates a function of one tensor at a point.
 
-An engine is made of a function of the image that gives a flat response, the image, and the model that the function
-calls. It has ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They
-are called without gradients being recorded. Where k = 1, nothing is vectorised.
+An engine is made of a function of the image that gives a flat response, the image, and that response. It has
+``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They are called
+without gradients being recorded. Where k = 1, nothing is vectorised.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Traced:
         How many vectors should go through the program together.
     """
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self.response = None
         try:
-            self._program, self._constants = _trace(respond, image)
+            self._program, self._constants = _trace(respond, image, response)
         except RuntimeError:
             raise
         except Exception as error:  # whatever an operation that we don't know may do to the rules
@@ -158,23 +158,20 @@ def _can_be_kept(model: Any) -> bool:
     return isinstance(model, nn.Module) and isinstance(model, Hashable)
 
 
-def _trace(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[_Program, list[Tensor]]:
+def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[_Program, list[Tensor]]:
     tape = Tape()
-    x = tape.input(image, IMAGE)
-    ones = torch.ones_like(image)
-    v = tape.input(ones, LINEAR)
+    v, u = torch.ones_like(image), torch.ones_like(response)
+    x, *vectors = (tape.input(value, level) for value, level in ((image, IMAGE), (v, LINEAR), (u, LINEAR)))
+
+    def products(x: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        answer, transpose, jv = torch.func.vjp(lambda x: torch.func.jvp(respond, (x,), (v,)), x, has_aux=True)
+        return answer, jv, transpose(u)[0]
+
     # the image is an argument of what is functionalised, so that nothing computed from it is changed in place
-    answer, forward = tape.record(
-        lambda: torch.func.functionalize(lambda x, v: torch.func.jvp(respond, (x,), (v,)))(image, ones)
-    )
-    weights = torch.ones_like(answer.value)
-    u = tape.input(weights, LINEAR)
-    (backward,) = tape.record(
-        lambda: torch.func.functionalize(lambda x, u: torch.func.vjp(respond, x)[1](u))(image, weights)
-    )
+    answer, forward, backward = tape.record(lambda: torch.func.functionalize(products)(image, v, u))
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
-    vectors = {"jvp": v, "vjp": u}
+    vectors = dict(zip(("jvp", "vjp"), vectors, strict=True))
     plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
     single = {direction: lower(tape, out) for direction, out in plain.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)
@@ -223,7 +220,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 class Functional:
     """Forward-mode for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self._respond = respond
         self._image = image
         _, self._backward = torch.func.vjp(respond, image)
@@ -241,7 +238,7 @@ class DoubleBackward:
     Both graphs, of the function and of g, are built once and kept.
     """
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, model: Any = None) -> None:
+    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         with torch.enable_grad():
             self._image = image.clone().requires_grad_()
             self._response = respond(self._image)

@@ -136,7 +136,7 @@ class Linearization:
         v = self._random((1, *self.image_shape), seed=0)
         for name in names:
             try:
-                self._engine = engine = ENGINES[name](self._respond, self.image, self.model)
+                self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
                 if isinstance(engine, Traced):
                     self._check_engine(v, self._forward_mode(v)[1], chunk_size or engine.chunk_size)
                     engine.keep(self.image, self.model)
@@ -406,10 +406,7 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
         flat = _flatten(leaves)
         if flat.numel() == 0:
             raise ValueError("the model's response is empty")
-        slope = None
-        if flat.requires_grad:
-            (slope,) = torch.autograd.grad(flat, x, torch.ones_like(flat), allow_unused=True)
-    if slope is None:
+    if not _depends_on(flat, x):
         raise ValueError(
             "the model's response has no gradient with respect to the image: it does not depend on the image, or only "
             "through steps that can't be differentiated (detach, no_grad, rounding, argmax, conversion to NumPy)"
@@ -431,6 +428,19 @@ def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tens
             f"they reach {scale:.2g}; remove its randomness (model.eval(), a fixed seed inside)"
         )
     return response, activations.total
+
+
+def _depends_on(y: Tensor, x: Tensor) -> bool:
+    """Whether PyTorch's graph leads from y to its leaf x."""
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        step = stack.pop()
+        if step is not None and step not in seen:
+            if getattr(step, "variable", None) is x:
+                return True
+            seen.add(step)
+            stack.extend(parent for parent, _ in step.next_functions)
+    return False
 
 
 def _answer(model: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
@@ -468,4 +478,5 @@ def _leaves(response: Any) -> list[Tensor]:
 def _flatten(leaves: list[Tensor]) -> Tensor:
     if not leaves:
         raise ValueError("the model's response holds no tensor")
-    return torch.cat([leaf.reshape(-1) for leaf in leaves])
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

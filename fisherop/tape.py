@@ -33,7 +33,7 @@ class NotLinear(RuntimeError):
 class Node:
     """One operation. `args` and `kwargs` hold nodes in the place of tensors; an input has the operation None."""
 
-    __slots__ = ("args", "index", "kwargs", "level", "op", "value")
+    __slots__ = ("args", "index", "kwargs", "level", "op", "parents", "value")
 
     def __init__(self, index: int, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> None:
         self.index = index
@@ -42,10 +42,7 @@ class Node:
         self.kwargs = kwargs
         self.level = level
         self.value = value  # at the image of the recording
-
-    @property
-    def parents(self) -> list[Node]:
-        return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, Node)]
+        self.parents = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Node)]
 
 
 class Tape:

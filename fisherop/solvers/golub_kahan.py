@@ -644,5 +644,7 @@ def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
 
 def _inner(a: Tensor, b: Tensor) -> NDArray[np.float64]:
     """Inner products of rows, in float64."""
+    if a is b and len(a) == 1:
+        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square()[:, None].cpu().numpy()
     slabs = zip(a.split(_SLAB, dim=1), b.split(_SLAB, dim=1), strict=True)
     return sum(x.double() @ y.double().T for x, y in slabs).cpu().numpy()
