@@ -51,25 +51,32 @@ def spectra(draw):
     return matrix.astype(np.float32).astype(np.float64)  # exact in both dtypes
 
 
-@given(
-    matrix=spectra(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 5), seed=st.integers(0, 2**32 - 1),
-    which=st.sampled_from(["both", "largest", "smallest"]), small=st.booleans(),
-)  # fmt: skip
-@settings(max_examples=150, deadline=None)
-def test_no_claim_is_false(matrix, dtype, k, seed, which, small):
-    n = matrix.shape[1]
-    k = min(k, n // 2 if which == "both" else n)
-    if k == 0:
-        return
-    options = {"max_basis": min(n, 6 * k + 20), "maxiter": 300} if small else {}
-    tol = 1e-5 if dtype == torch.float32 else 1e-6
-    try:
-        result = solve(linear_operator(matrix, dtype), k, which, rng=seed, tol=tol, **options)
-    except ConvergenceError as error:
-        result = error.result
-    assert_truthful(result, matrix)
-    truth = np.linalg.norm(matrix, 2) ** 2
-    assert result.lambda_max_bounds[0] <= truth * (1 + 1e-5)
+def test_no_claim_is_false():
+    unconverged = []
+
+    @given(
+        matrix=spectra(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 5), seed=st.integers(0, 2**32 - 1),
+        which=st.sampled_from(["both", "largest", "smallest"]), small=st.booleans(),
+    )  # fmt: skip
+    @settings(max_examples=150, deadline=None)
+    def one(matrix, dtype, k, seed, which, small):
+        n = matrix.shape[1]
+        k = min(k, n // 2 if which == "both" else n)
+        if k == 0:
+            return
+        options = {"max_basis": min(n, 6 * k + 20), "maxiter": 2000} if small else {}
+        tol = 1e-5 if dtype == torch.float32 else 1e-6
+        try:
+            result = solve(linear_operator(matrix, dtype), k, which, rng=seed, tol=tol, **options)
+        except ConvergenceError as error:
+            result = error.result
+            unconverged.append(error)
+        assert_truthful(result, matrix)
+        truth = np.linalg.norm(matrix, 2) ** 2
+        assert result.lambda_max_bounds[0] <= truth * (1 + 1e-5)
+
+    one()
+    assert len(unconverged) <= 4  # 1 in 1,000 is expected
 
 
 # products in the order of SPECTRA: of a published strategy at the smallest end, times 1.1, or 1.3 for a small basis
