@@ -1,9 +1,15 @@
+import dataclasses
+import os
+
 import numpy as np
 import pytest
 import torch
 from helpers import DEVICES, DTYPES, small_image, small_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fisherop import ConvergenceError, Eigendistortion
+from fisherop.eigendistortion import _fingerprint
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 MATRIX = matrix_with_singular_values(np.linspace(3, 1, 24), 30, 24)
@@ -73,3 +79,126 @@ def test_failure_leaves_the_object_as_it_was():
     with pytest.raises(ConvergenceError) as caught:
         ed.synthesize("power", max_iter=2, rng=0, progress=False)
     assert ed.result is before and caught.value.result.method == "power"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "ed.npz"
+    linear().synthesize("golub_kahan", k=2, rng=0, progress=False).save(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_hold_everything(dtype, tmp_path):
+    ed = linear(dtype=dtype).synthesize("golub_kahan", k=2, rng=0, tol=1e-5, progress=False)
+    ed.save(tmp_path / "no ending")
+    assert [path.name for path in tmp_path.iterdir()] == ["no ending"]
+    for other in (
+        linear(dtype=dtype).load(tmp_path / "no ending"),
+        Eigendistortion.from_file(tmp_path / "no ending", linear_model(MATRIX, dtype)),
+    ):
+        assert torch.equal(other.image, ed.image) and torch.equal(other.eigendistortions, ed.eigendistortions)
+        for field in dataclasses.fields(ed.result):
+            if field.name != "details":
+                np.testing.assert_array_equal(getattr(other.result, field.name), getattr(ed.result, field.name))
+        assert str(other.result) == str(ed.result) and other.result.converged.all()
+        np.testing.assert_array_equal(
+            other.result.details["history"][-1]["largest"], ed.result.details["history"][-1]["largest"]
+        )
+    with np.load(tmp_path / "no ending", allow_pickle=False) as archive:
+        assert set(archive["versions"].tolist()) > {f"torch {torch.__version__}", f"numpy {np.__version__}"}
+
+
+def test_files_cut_short_anywhere(saved):
+    whole, ed = saved.read_bytes(), linear()
+    for n in range(len(whole)):
+        saved.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="is damaged or was cut short, so that nothing was loaded"):
+            ed.load(saved)
+    assert ed.result is None
+    saved.write_bytes(whole)
+    ed.load(saved)
+
+
+def test_files_altered_in_any_field(saved):
+    with np.load(saved) as archive:
+        fields = dict(archive)
+
+    def alter(array):
+        return np.char.add(array, "x") if array.dtype.kind == "U" else array + array.dtype.type(1)
+
+    for name in fields:
+        np.savez(saved, **fields | {name: alter(fields[name])})
+        expected = "has format 2, this version of fisherop reads up to 1" if name == "format" else "its checksum"
+        with pytest.raises(ValueError, match=expected):
+            linear().load(saved)
+        if name != "checksum":
+            np.savez(saved, **fields | {name: fields[name][None]})
+            with pytest.raises(ValueError, match=r"is damaged: its (format is|checksum)"):
+                linear().load(saved)
+        np.savez(saved, **{other: array for other, array in fields.items() if other != name})
+        kind = "is no file of eigendistortions: it holds " if name in ("format", "checksum") else "its checksum"
+        with pytest.raises(ValueError, match=kind):
+            linear().load(saved)
+
+
+@pytest.mark.parametrize("wrong", [0, 1.0, np.array([1]), "1"])
+def test_files_of_an_impossible_format(saved, wrong):
+    with np.load(saved) as archive:
+        np.savez(saved, **dict(archive) | {"format": wrong})
+    with pytest.raises(ValueError, match="is damaged: its format is"):
+        linear().load(saved)
+
+
+def test_files_of_another_kind_image_or_model(saved):
+    image, model = linear().image, linear().model
+    for other, message in (
+        (
+            Eigendistortion(image.float(), linear_model(MATRIX, torch.float32)),
+            r"image \(1, 2, 3, 4\) of float64, this",
+        ),
+        (linear((1, 2, 4, 3)), r"this one is \(1, 2, 4, 3\) of float64: use Eigendistortion.from_file"),
+        (Eigendistortion(image + 0.25, model), r"another image, which differs from this one by up to 0\.25: use"),
+        (Eigendistortion(image, lambda x: model(x)[:-1]), "another model, with 30 responses; this one has 29"),
+        (Eigendistortion(image, lambda x: 1.5 * model(x)), r"another model: its response .* by 0\.5 of its norm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load(saved)
+        assert other.result is None
+    with pytest.raises(ValueError, match="another model"):
+        Eigendistortion.from_file(saved, lambda x: 1.5 * model(x))
+    Eigendistortion(image, lambda x: (1 + 1e-12) * model(x)).load(saved)  # rounding
+    np.save(saved.with_suffix(".npy"), MATRIX)
+    saved.with_suffix(".txt").write_text("eigendistortions")
+    np.savez(saved, MATRIX)
+    for path, message in ((".npy", "it is no .npz file"), (".txt", "it is no .npz file"), (".npz", "it holds arr_0")):
+        with pytest.raises(ValueError, match=f"is no file of eigendistortions: {message}"):
+            linear().load(saved.with_suffix(path))
+    with pytest.raises(FileNotFoundError):
+        linear().load(saved.with_name("nothing"))
+    with pytest.raises(ValueError, match="nothing to save: call synthesize"):
+        linear().save(saved)
+
+
+def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
+    old = saved.read_bytes()
+
+    def crash(file):
+        assert saved.read_bytes() == old and len(list(saved.parent.iterdir())) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        linear().synthesize(rng=0, progress=False).save(saved)
+    assert saved.read_bytes() == old and list(saved.parent.iterdir()) == [saved]
+
+
+@given(
+    size=st.integers(1, 2000), difference=st.floats(1e-3, 1e3), seed=st.integers(0, 2**32 - 1), one=st.booleans()
+)  # fmt: skip
+def test_fingerprints_keep_distances(size, difference, seed, one):
+    rng = np.random.default_rng(seed)
+    a, change = rng.standard_normal(size), np.eye(size)[seed % size] if one else rng.standard_normal(size)
+    change *= difference / np.linalg.norm(change)
+    a, b = (_fingerprint(torch.as_tensor(x)) for x in (a, a + change))
+    assert 0.5 * difference <= np.linalg.norm(b - a) <= 1.6 * difference
