@@ -5,7 +5,8 @@ are judged in float64 against a long run in float64. One thread. Prints a Markdo
 ResNet18, VGG16 and ViT-B/16 need torchvision, "plenoptic" plenoptic. "auto, next image" uses the program that another
 image left. A method may be named several times, before and after others, to compare seconds.
 
-    OMP_NUM_THREADS=1 python benchmarks/both_ends.py [--problems NAME ...] [--methods NAME ...] [--k 1 3] [--tol 1e-4 1e-6] [--limit 600]
+    export OMP_NUM_THREADS=1  # for NumPy's own threads
+    python benchmarks/both_ends.py [--problems NAME ...] [--methods NAME ...] [--k 1 3] [--tol 1e-4 1e-6] [--limit 600]
 """
 
 import argparse
