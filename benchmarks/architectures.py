@@ -113,7 +113,7 @@ def main() -> None:
 def difference(lin, v: torch.Tensor, h: float) -> torch.Tensor:
     """Central differences of the response; kinks of the activations make a smaller step better, rounding a larger."""
     with torch.no_grad():
-        ahead, behind = (lin._respond(lin.image + sign * h * v[0]) for sign in (1, -1))
+        ahead, behind = (lin.respond(lin.image + sign * h * v[0]) for sign in (1, -1))
     return (ahead - behind) / (2 * h)
 
 

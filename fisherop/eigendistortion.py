@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from fisherop.operators import FisherOperator
@@ -146,6 +146,67 @@ class Eigendistortion:
             jacobian.to_dense()
         return self.jacobian
 
+    def detection_thresholds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """How large each distortion must be to change the response by 1, one standard deviation of unit noise: 1 / √λ.
+
+        Returns
+        -------
+        amplitudes, rms : ndarray, shape (K,)
+            The distortion's norm, in the image's units, and its root mean square per element of the image. Infinite
+            where λ can't be told from zero, below 4 ε² λ_max with ε the `noise` of products.
+
+        Raises
+        ------
+        ValueError
+            Nothing has been synthesized yet.
+        """
+        result = self._found()
+        seen = result.eigenvalues > 4 * result.noise**2 * result.lambda_max_bounds[0]
+        amplitudes = np.full(len(seen), np.inf)
+        amplitudes[seen] = result.eigenvalues[seen] ** -0.5
+        return amplitudes, amplitudes / result.image_size**0.5
+
+    def response_change(self, index: int, scale: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """How far the response moves when a distortion is added to the image: as F predicts it, and in truth.
+
+        Where the two part, the linear picture ends: F knows the model only near the image, and a large step along the
+        least noticeable distortion can move the response more than one along the most noticeable.
+
+        Parameters
+        ----------
+        index : int
+            Position among the distortions found: 0 for the most noticeable, −1 for the least.
+        scale : float or array_like
+            The norm of what is added, in the image's units; its sign is the direction.
+
+        Returns
+        -------
+        predicted, actual : ndarray of the shape of `scale`
+            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂. The latter is rounding where it is as small
+            as the image's dtype resolves f.
+
+        Raises
+        ------
+        ValueError
+            Nothing has been synthesized yet.
+        IndexError
+            There is no such distortion.
+        """
+        result, lin = self._found(), self.operator.linearization
+        if not -len(result.eigenvalues) <= index < len(result.eigenvalues):
+            raise IndexError(f"index is {index}, but there are {len(result.eigenvalues)} eigendistortions")
+        scale = np.asarray(scale, dtype=np.float64)
+        direction = self.operator.to_tensors(result.eigenvectors[:, [index]])[0]
+        with torch.no_grad():
+            moved = [lin.respond(lin.image + step * direction) for step in scale.flatten().tolist()]
+        change = [torch.linalg.vector_norm((y - lin.response.flatten()).double()).item() for y in moved]
+        return result.eigenvalues[index] ** 0.5 * np.abs(scale), np.reshape(change, scale.shape)
+
+    def _found(self) -> EigenResult:
+        if self.result is None:
+            raise ValueError("there are no eigendistortions yet: call synthesize() first")
+        return self.result
+
     def save(self, path: str | os.PathLike) -> None:
         """Write what was found to one ``.npz`` file, which holds no pickle and which NumPy reads.
 
@@ -163,9 +224,7 @@ class Eigendistortion:
         ValueError
             Nothing has been synthesized yet.
         """
-        if self.result is None:
-            raise ValueError("there is nothing to save: call synthesize() first")
-        fields = _to_arrays(self.result) | {
+        fields = _to_arrays(self._found()) | {
             "image": self.image.cpu().numpy(),
             "response_fingerprint": _fingerprint(self.operator.linearization.response),
             "engine_report": np.array(self.operator.linearization.engine_report),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DEVICES, DTYPES, small_image, small_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisherop import ConvergenceError, Eigendistortion
@@ -79,6 +79,39 @@ def test_failure_leaves_the_object_as_it_was():
     with pytest.raises(ConvergenceError) as caught:
         ed.synthesize("power", max_iter=2, rng=0, progress=False)
     assert ed.result is before and caught.value.result.method == "power"
+
+
+@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(), (1,), (2, 3)]))
+@settings(max_examples=20, deadline=None)
+def test_thresholds_and_changes_of_the_response(seed, dtype, shape):
+    """A linear model moves by √λ · scale at any scale, so by 1 at the threshold; x ↦ A (x + x²) does so near zero."""
+    rng = np.random.default_rng(seed)
+    model = linear_model(MATRIX, dtype)
+    for image, bent in ((torch.rand(1, 2, 3, 4, dtype=dtype), 0.0), (torch.zeros(1, 2, 3, 4, dtype=dtype), 1.0)):
+        ed = Eigendistortion(image, lambda x, bent=bent: model(x + bent * x.square()))
+        ed.synthesize(k=2, rng=seed, tol=1e-5, progress=False)
+        amplitudes, rms = ed.detection_thresholds()
+        np.testing.assert_allclose(amplitudes, [1 / 3, 1 / (3 - 2 / 23), 1 / (1 + 2 / 23), 1], rtol=1e-4)
+        np.testing.assert_allclose(rms, amplitudes / 24**0.5)
+        scale = rng.uniform(-2, 2, shape)
+        for i in (0, 1, -2, -1):
+            predicted, actual = ed.response_change(i, scale)
+            assert predicted.shape == actual.shape == shape
+            np.testing.assert_allclose(predicted, np.abs(scale) / amplitudes[i])
+            step = scale[..., None] * ed.eigendistortions[i].double().numpy().ravel()
+            truth = np.linalg.norm((step + bent * step**2) @ MATRIX.T, axis=-1)
+            np.testing.assert_allclose(actual, truth, rtol=1e-3, atol=1e-5 if dtype == torch.float32 else 1e-12)
+            np.testing.assert_allclose(*ed.response_change(i, 1e-4), rtol=2e-2 if dtype == torch.float32 else 1e-3)
+
+
+def test_thresholds_of_what_is_not_noticed_at_all():
+    ed = Eigendistortion(torch.ones(1, 4, dtype=torch.float64), lambda x: x[:, :2]).synthesize("exact", progress=False)
+    np.testing.assert_array_equal(ed.detection_thresholds()[0], [1, 1, np.inf, np.inf])
+    with pytest.raises(IndexError, match="index is 4, but there are 4 eigendistortions"):
+        ed.response_change(4, 1.0)
+    for method in (linear().detection_thresholds, lambda: linear().response_change(0, 1.0)):
+        with pytest.raises(ValueError, match=r"no eigendistortions yet: call synthesize\(\) first"):
+            method()
 
 
 @pytest.fixture
@@ -176,7 +209,7 @@ def test_files_of_another_kind_image_or_model(saved):
             linear().load(saved.with_suffix(path))
     with pytest.raises(FileNotFoundError):
         linear().load(saved.with_name("nothing"))
-    with pytest.raises(ValueError, match="nothing to save: call synthesize"):
+    with pytest.raises(ValueError, match=r"no eigendistortions yet: call synthesize\(\) first"):
         linear().save(saved)
 
 
