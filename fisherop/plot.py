@@ -142,6 +142,54 @@ def spectrum(result: EigenResult) -> Figure:
     return figure
 
 
+def convergence(result: EigenResult) -> Figure:
+    """Draw how far the pairs at each end were from convergence, against products: residuals, values at the smallest.
+
+    Parameters
+    ----------
+    result : EigenResult
+        With a ``history`` in its details, as ``"golub_kahan"`` leaves one.
+
+    Returns
+    -------
+    Figure
+        The largest of the k residuals at each end, relative to λ_max, on a log scale; dashed, the largest of the k
+        smallest Ritz values, which proves them null to tol once it is below it. Dots are what the certificate found;
+        grey is what products can't resolve.
+
+    Raises
+    ------
+    ValueError
+        The result has no history.
+    """
+    history = result.details.get("history")
+    if not history:
+        raise ValueError(f"the result of method {result.method!r} has no history: use method='golub_kahan'")
+    top = result.lambda_max_bounds[0] or 1.0
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    products = np.array([entry["n_products"] for entry in history])
+    from_top = result.eigenindex == np.arange(len(result.eigenindex))
+    for end, colour, chosen in (("largest", "tab:blue", from_top), ("smallest", "tab:green", ~from_top)):
+        lines = {"residual": (1, "-", result.residual_norms), "value": (0, "--", result.eigenvalues)}
+        for name, (part, style, certified) in lines.items():
+            heights = [max(entry[end][part], default=np.nan) for entry in history]
+            if not chosen.any() or (name == "value" and end == "largest"):
+                continue
+            ax.plot(products, np.array(heights) / top, style, color=colour, lw=1.2, label=f"{end}, {name}")
+            ax.plot(result.n_products, certified[chosen].max() / top, "o", color=colour, ms=4)
+    ax.axhline(result.tol, color="0.6", lw=1, ls=":", label="tol")
+    ax.set_yscale("log")
+    if result.noise > 0:  # the solver's own residuals, from its small problem, fall further
+        ax.axhspan(result.noise / 100, result.noise, color="0.9", label="rounding")
+        ax.set_ylim(bottom=result.noise / 10)
+    ax.set_xlabel("products")
+    ax.set_ylabel("relative to λ_max, the worst of k")
+    ax.set_title(f"{result.method}: {result.n_products:g} products, dots by the certificate", fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
+
+
 def _images(ed: Eigendistortion) -> tuple[NDArray, NDArray]:
     """The distortions and the image, each (height, width) or (height, width, 3)."""
     if ed.result is None or len(ed.result.eigenvalues) == 0:

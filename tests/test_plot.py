@@ -92,3 +92,31 @@ def test_spectrum_shows_every_status(tmp_path):
     figure = plot.spectrum(caught.value.result)
     assert "not converged" in [c.get_label() for c in figure.axes[0].containers]
     figure.savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("which", ["both", "largest", "smallest"])
+def test_convergence_shows_the_history_and_the_certificate(which, tmp_path):
+    ed = ed_of((6, 10))
+    result = eigenpairs(ed.operator, 2, which, method="golub_kahan", rng=0, progress=False)
+    figure = plot.convergence(result)
+    figure.savefig(tmp_path / "figure.png")
+    history, top = result.details["history"], result.lambda_max_bounds[0]
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    ends = {"both": ("largest", "smallest")}.get(which, (which,))
+    expected = {f"{end}, residual": (end, 1) for end in ends}
+    if "smallest" in ends:
+        expected["smallest, value"] = ("smallest", 0)
+    assert {label for label in lines if "," in label} == set(expected)
+    for label, (end, part) in expected.items():
+        x, y = lines[label].get_data()
+        assert list(x) == [entry["n_products"] for entry in history]
+        np.testing.assert_allclose(y[-1], history[-1][end][part].max() / top)
+    dots = [line.get_data() for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert {x[0] for x, _ in dots} == {result.n_products} and len(dots) == len(expected)
+    from_top = result.eigenindex < 2
+    certified = [
+        a[c].max() / top for a in (result.residual_norms, result.eigenvalues) for c in (from_top, ~from_top) if c.any()
+    ]
+    assert {y[0] for _, y in dots} <= set(certified)
+    with pytest.raises(ValueError, match="the result of method 'exact' has no history: use method='golub_kahan'"):
+        plot.convergence(ed.result)
