@@ -197,9 +197,12 @@ class Eigendistortion:
             raise IndexError(f"index is {index}, but there are {len(result.eigenvalues)} eigendistortions")
         scale = np.asarray(scale, dtype=np.float64)
         direction = self.operator.to_tensors(result.eigenvectors[:, [index]])[0]
-        with torch.no_grad():
-            moved = [lin.respond(lin.image + step * direction) for step in scale.flatten().tolist()]
-        change = [torch.linalg.vector_norm((y - lin.response.flatten()).double()).item() for y in moved]
+        change = [
+            torch.linalg.vector_norm(
+                (lin.respond(lin.image + step * direction) - lin.response.flatten()).double()
+            ).item()
+            for step in scale.flatten().tolist()
+        ]
         return result.eigenvalues[index] ** 0.5 * np.abs(scale), np.reshape(change, scale.shape)
 
     def _found(self) -> EigenResult:
@@ -223,6 +226,8 @@ class Eigendistortion:
         ------
         ValueError
             Nothing has been synthesized yet.
+        TypeError
+            A solver of your own left something in `details` that JSON can't hold.
         """
         fields = _to_arrays(self._found()) | {
             "image": self.image.cpu().numpy(),
@@ -363,8 +368,17 @@ def _fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
 def _to_arrays(result: EigenResult) -> dict[str, NDArray]:
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     fields["status"] = result.status.astype(str)
-    fields["details"] = json.dumps(dict(result.details), default=lambda x: x.tolist())
+    fields["details"] = json.dumps(dict(result.details), default=_to_list)
     return {name: np.array(value) for name, value in fields.items()}
+
+
+def _to_list(x: Any) -> Any:
+    if isinstance(x, np.ndarray | np.generic | Tensor):
+        return x.tolist()
+    raise TypeError(
+        f"the result's details hold a {type(x).__name__}, which can't be saved: let the solver give arrays, numbers, "
+        "strings, lists and dicts"
+    )
 
 
 def _from_arrays(arrays: dict[str, NDArray]) -> EigenResult:

@@ -136,7 +136,7 @@ class Linearization:
         v = self._random((1, *self.image_shape), seed=0)
         for name in names:
             try:
-                self._engine = engine = ENGINES[name](self.respond, self.image, self.response.flatten())
+                self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
                 if isinstance(engine, Traced):
                     self._check_engine(v, self._forward_mode(v)[1], chunk_size or engine.chunk_size)
                     engine.keep(self.image, self.model)
@@ -222,8 +222,12 @@ class Linearization:
                     self.on_product(len(chunk) / 2)
         return out
 
-    def respond(self, x: Tensor) -> Tensor:
-        """The model's response to an image, flat (M,)."""
+    def respond(self, image: Tensor) -> Tensor:
+        """The model's response to an image of this shape, flat (M,)."""
+        with _ONE_AT_A_TIME, torch.no_grad():
+            return self._respond(image)
+
+    def _respond(self, x: Tensor) -> Tensor:
         leaves = _answer(self.model, x)
         flat = _flatten(leaves)
         self._leaf_shape = leaves[0].shape if len(leaves) == 1 else flat.shape
@@ -249,7 +253,7 @@ class Linearization:
     def _forward_mode(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The response and J v, flat, by PyTorch itself."""
         with forward_ad.dual_level():
-            response, jv = forward_ad.unpack_dual(self.respond(forward_ad.make_dual(self.image, v[0])))
+            response, jv = forward_ad.unpack_dual(self._respond(forward_ad.make_dual(self.image, v[0])))
             return response.clone(), torch.zeros_like(response) if jv is None else jv.clone()
 
     def _vectorises(self, v: Tensor) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fisherop import ConvergenceError, Eigendistortion
 from fisherop.eigendistortion import _fingerprint
+from fisherop.solvers.exact import exact
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 MATRIX = matrix_with_singular_values(np.linspace(3, 1, 24), 30, 24)
@@ -211,6 +212,16 @@ def test_files_of_another_kind_image_or_model(saved):
         linear().load(saved.with_name("nothing"))
     with pytest.raises(ValueError, match=r"no eigendistortions yet: call synthesize\(\) first"):
         linear().save(saved)
+
+
+def test_details_that_no_file_can_hold(saved):
+    def solver(operator, k, which, **options):
+        return *exact(operator, k, which, **options)[:2], {"graph": object()}
+
+    old = saved.read_bytes()
+    with pytest.raises(TypeError, match="details hold a object, which can't be saved: let the solver give arrays"):
+        linear().synthesize(solver, k=1, progress=False).save(saved)
+    assert saved.read_bytes() == old and list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
