@@ -24,11 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fisherop import ConvergenceError, FisherOperator, LayerResponse, eigenpairs
+from fisherop import ConvergenceError, FisherOperator, LayerResponse, eigenpairs, images
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 sys.path.append(str(pathlib.Path(__file__).parent))
-from methods import photograph
 from models import OnOff
 from products import with_random_head
 
@@ -63,7 +62,7 @@ def problems() -> dict[str, Callable[[], tuple[Tensor, nn.Module, NDArray | None
     for path in sorted(SPECTRA.glob("*.npy")):
         sigma = np.load(path)
         found[path.stem] = lambda s=sigma: (torch.zeros(1, 1, 1, len(s), dtype=torch.float64), Spectrum(s), s)
-    found["On–Off"] = lambda: (photograph(128).float(), OnOff(), None)
+    found["On–Off"] = lambda: (images.photograph(as_gray=True, size=128), OnOff(), None)
     if importlib.util.find_spec("torchvision"):
         import torchvision.models as tv
 

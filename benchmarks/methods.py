@@ -7,11 +7,9 @@ import importlib.util
 import pathlib
 import sys
 
-import matplotlib.cbook
-import matplotlib.pyplot as plt
 import torch
 
-from fisherop import ConvergenceError, FisherOperator, eigenpairs
+from fisherop import ConvergenceError, FisherOperator, eigenpairs, images
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from models import OnOff
@@ -21,16 +19,8 @@ if importlib.util.find_spec("primme"):
     METHODS.append("primme")
 
 
-def photograph(size: int) -> torch.Tensor:
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = torch.tensor(plt.imread(file, format="jpg"), dtype=torch.float64) / 255
-    grey = photo @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    top, left = (grey.shape[0] - size) // 2, (grey.shape[1] - size) // 2
-    return grey[None, None, top : top + size, left : left + size]
-
-
 def main() -> None:
-    operator = FisherOperator(photograph(56), OnOff().double().eval())
+    operator = FisherOperator(images.photograph(as_gray=True, size=56, dtype=torch.float64), OnOff().double().eval())
     print("| method | λ_max | error / λ_max | λ_min / λ_max | error / λ_max | residuals / λ_max | products | outcome |")
     print("|---|---|---|---|---|---|---|---|")
     truth = None

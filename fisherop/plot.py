@@ -1,4 +1,4 @@
-"""Figures of finished results. The only file that imports matplotlib."""
+"""Figures of finished results."""
 
 from __future__ import annotations
 

@@ -20,10 +20,11 @@ ORDER = [
     "solvers",
     "eigendistortion",
     "layers",
+    "images",
     "plot",
     "testing",
 ]
-MAY_IMPORT_MATPLOTLIB = {"plot"}
+MAY_IMPORT_MATPLOTLIB = {"plot", "images"}  # the latter for its photograph
 
 
 def imports(path):
