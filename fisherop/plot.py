@@ -65,12 +65,7 @@ def eigendistortions(
         if not -len(values) <= i < len(values):
             raise IndexError(f"indices holds {i}, but there are {len(values)} eigendistortions")
     colour = image.ndim == 3
-    if vrange is None:
-        inside = image.min() >= 0 and image.max() <= 1
-        vrange = (0.0, 1.0) if inside else (float(image.min()), float(image.max()))
-    low, high = vrange
-    if not high > low:
-        raise ValueError(f"vrange must ascend, got {vrange}: pass the values of black and white")
+    low, high = _range([image], vrange)
     if scale is None:
         scale = 0.05 * (high - low) * image.size**0.5
 
@@ -98,6 +93,64 @@ def eigendistortions(
         row[2].imshow(shown(image + scale * distortion), vmin=0, vmax=1, **grey)
         row[2].set_title(f"image + {scale:.3g} × distortion\n(RMS {scale / image.size**0.5:.2g})", fontsize=9)
         for ax in row:
+            ax.set_axis_off()
+    return figure
+
+
+def compare(
+    eds: Sequence[Eigendistortion],
+    names: Sequence[str] | None = None,
+    scale: float | None = None,
+    vrange: tuple[float, float] | None = None,
+    panel: float = 2.6,
+) -> Figure:
+    """Show what several models, or layers, notice most and least: a row each, all distortions at one scale.
+
+    Parameters
+    ----------
+    eds : sequence of Eigendistortion
+        After `synthesize`, at both ends.
+    names : sequence of str, optional
+        A title for each row, by default the model's class.
+    scale, vrange, panel
+        As in `eigendistortions`; one for all rows. By default the RMS of the distortions is 5 % of `vrange` at the
+        largest image.
+
+    Returns
+    -------
+    Figure
+        The image, and the image plus the scaled distortion, the most and the least noticeable one.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to compare, `names` has another length, or one of them is refused by `eigendistortions` or
+        lacks an end.
+    """
+    names = [type(ed.model).__name__ for ed in eds] if names is None else list(names)
+    if not eds or len(names) != len(eds):
+        raise ValueError(
+            f"eds must hold at least one Eigendistortion, and names one each, got {len(eds)}, {len(names)}"
+        )
+    for ed, name in zip(eds, names, strict=True):
+        if ed.result is not None and not {0, ed.result.image_size - 1} <= set(ed.result.eigenindex.tolist()):
+            raise ValueError(f"{name!r} lacks an end of its spectrum: call synthesize(which='both')")
+    rows = [_images(ed) for ed in eds]
+    low, high = _range([image for _, image in rows], vrange)
+    if scale is None:
+        scale = 0.05 * (high - low) * max(image.size for _, image in rows) ** 0.5
+    aspect = max(image.shape[1] / image.shape[0] for _, image in rows)
+    figure = Figure(figsize=(3 * panel * aspect + 0.6, (panel + 0.75) * len(eds)), layout="constrained")
+    axes = figure.subplots(len(eds), 3, squeeze=False)
+    for row, ed, name, (distortions, image) in zip(axes, eds, names, rows, strict=True):
+        panels = [(image, f"{name}\nblack {low:.3g}, white {high:.3g}")]
+        for i, which in ((0, "most"), (-1, "least")):
+            title = f"+ {scale:.3g} × {which}, index {ed.result.eigenindex[i]}\nλ = {ed.result.eigenvalues[i]:.3g}"
+            panels.append((image + scale * distortions[i], title))
+        for ax, (pixels, title) in zip(row, panels, strict=True):
+            shown = np.clip((pixels - low) / (high - low), 0, 1)
+            ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+            ax.set_title(title, fontsize=9)
             ax.set_axis_off()
     return figure
 
@@ -188,6 +241,17 @@ def convergence(result: EigenResult) -> Figure:
     ax.set_title(f"{result.method}: {result.n_products:g} products, dots by the certificate", fontsize=10)
     ax.legend(fontsize=8)
     return figure
+
+
+def _range(images: Sequence[NDArray], vrange: tuple[float, float] | None) -> tuple[float, float]:
+    """Black and white: (0, 1) where all images keep to it, else their extremes."""
+    if vrange is None:
+        least, most = min(image.min() for image in images), max(image.max() for image in images)
+        vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (float(least), float(most))
+    low, high = vrange
+    if not high > low:
+        raise ValueError(f"vrange must ascend, got {vrange}: pass the values of black and white")
+    return low, high
 
 
 def _images(ed: Eigendistortion) -> tuple[NDArray, NDArray]:

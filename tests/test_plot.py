@@ -120,3 +120,32 @@ def test_convergence_shows_the_history_and_the_certificate(which, tmp_path):
     assert {y[0] for _, y in dots} <= set(certified)
     with pytest.raises(ValueError, match="the result of method 'exact' has no history: use method='golub_kahan'"):
         plot.convergence(ed.result)
+
+
+def test_comparisons_share_one_scale(tmp_path):
+    eds = [ed_of((1, 1, 6, 10)), ed_of((1, 3, 4, 5), high=1.8)]
+    figure = plot.compare(eds, names=["grey", "colour"], scale=2.0)
+    figure.savefig(tmp_path / "figure.png")
+    shown = [np.asarray(ax.images[0].get_array()) for ax in panels(figure)]
+    assert len(shown) == 6
+    for row, ed in zip((shown[:3], shown[3:]), eds, strict=True):
+        image, (first, *_, last) = (x.numpy() for x in (ed.image[0], ed.eigendistortions))
+        for panel, pixels in zip(row, (image, image + 2 * first, image + 2 * last), strict=True):
+            expected = np.clip((np.moveaxis(pixels, 0, -1) - 0.2) / 1.6, 0, 1)  # of the range of both
+            np.testing.assert_allclose(panel.reshape(expected.shape), expected, atol=1e-12)
+    titles = [ax.get_title() for ax in panels(figure)]
+    assert titles[0] == "grey\nblack 0.2, white 1.8" and titles[3].startswith("colour\n")
+    assert titles[1] == "+ 2 × most, index 0\nλ = 9" and titles[2].startswith("+ 2 × least, index 59\nλ = ")
+    assert panels(plot.compare(eds[:1]))[0].get_title() == "function\nblack 0, white 1"
+    assert panels(plot.compare(eds[:1]))[1].get_title().startswith(f"+ {0.05 * 60**0.5:.3g} × most")
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="at least one Eigendistortion, and names one each, got 0, 0"):
+        plot.compare([])
+    with pytest.raises(ValueError, match="got 1, 2"):
+        plot.compare([ed_of((6, 10))], names=["a", "b"])
+    with pytest.raises(ValueError, match=r"no eigendistortions to show: call synthesize\(\) first"):
+        plot.compare([Eigendistortion(torch.ones(6, 10).double(), linear_model(MATRIX))])
+    with pytest.raises(ValueError, match=r"'one' lacks an end of its spectrum: call synthesize\(which='both'\)"):
+        plot.compare([ed_of((6, 10), which="largest")], names=["one"])
