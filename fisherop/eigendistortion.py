@@ -282,6 +282,10 @@ class Eigendistortion:
         device : torch.device or str, optional
             Where the image goes; by default where the model's parameters are.
 
+        Returns
+        -------
+        Eigendistortion
+
         Raises
         ------
         ValueError
@@ -369,7 +373,7 @@ def _to_arrays(result: EigenResult) -> dict[str, NDArray]:
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     fields["status"] = result.status.astype(str)
     fields["details"] = json.dumps(dict(result.details), default=_to_list)
-    return {name: np.array(value) for name, value in fields.items()}
+    return {name: np.asarray(value) for name, value in fields.items()}
 
 
 def _to_list(x: Any) -> Any:

@@ -10,8 +10,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, of the values as they are stored
-
 
 def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     """The middle of an image, a view of it.
@@ -31,7 +29,7 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     ValueError
         The image is smaller.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int | np.integer) else size
     have = tuple(image.shape[-2:])
     if len(have) < 2 or not (1 <= height <= have[0] and 1 <= width <= have[1]):
         raise ValueError(f"size must be from 1 to the image's own height and width {have}, got {size!r}")
@@ -85,7 +83,10 @@ def load_image(
         else:
             grey = upright.mode in ("1", "L", "LA")
             pixels = np.asarray(upright.convert("L" if grey else "RGB"), dtype=np.float64) / 255
-    return _arrange(pixels, as_gray, size, dtype)
+    if pixels.ndim == 3:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114]) if as_gray else np.moveaxis(pixels, 2, 0)
+    image = torch.tensor(pixels, dtype=dtype).reshape(1, -1, *pixels.shape[-2:])
+    return image if size is None else center_crop(image, size)
 
 
 def photograph(
@@ -120,11 +121,3 @@ def color_wheel(size: int = 128, *, dtype: torch.dtype = torch.float32) -> Tenso
     k = (sextant + torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)[:, None, None]) % 6
     wheel = 1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1)
     return torch.where(saturation <= 1, wheel, 0.5)[None].to(dtype)
-
-
-def _arrange(pixels: np.ndarray, as_gray: bool, size: int | tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """(height, width) or (height, width, 3) as (1, channels, height, width)."""
-    if pixels.ndim == 3:
-        pixels = pixels @ np.array(_LUMA) if as_gray else np.moveaxis(pixels, 2, 0)
-    image = torch.tensor(pixels, dtype=dtype).reshape(1, -1, *pixels.shape[-2:])
-    return image if size is None else center_crop(image, size)
