@@ -3,22 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.result import EigenResult, Status
 
 _MARKERS = {
-    Status.EIGENPAIR: ("o", "tab:blue"),
-    Status.NULL: ("v", "tab:green"),
-    Status.NOT_EXTREME: ("s", "tab:orange"),
-    Status.UNCONVERGED: ("x", "tab:red"),
+    Status.EIGENPAIR: "o",
+    Status.NULL: "v",
+    Status.NOT_EXTREME: "s",
+    Status.UNCONVERGED: "x",
 }
+_DPI, _GAP, _PANEL = 100, 16, 260  # dots per inch; between panels and for a panel of usual size, in dots
+
+
+class Panel(NamedTuple):
+    """A picture, grey (height, width) or colour (height, width, 3), its values of black and white, and its title."""
+
+    pixels: NDArray
+    vrange: tuple[float, float]
+    title: str
+
+
+def imshow(
+    image: Tensor | ArrayLike,
+    title: str | Sequence[str] = "",
+    *,
+    zoom: int | None = None,
+    as_rgb: bool | None = None,
+    channel_idx: int | None = None,
+    vrange: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Show an image, each of its pixels as `zoom` × `zoom` dots of the figure, so that no interpolation lies.
+
+    Parameters
+    ----------
+    image : Tensor or array_like, shape (..., height, width)
+        What comes before height and width are the channels.
+    title : str or sequence of str
+        For each picture; the values of black and white are added.
+    zoom : int, optional
+        By default such that a picture is about 260 dots large. The figure has 100 dots per inch: save it with this
+        `dpi`, or a multiple.
+    as_rgb : bool, optional
+        Three channels in one colour picture, or each in a grey one of its own; by default in colour where there are
+        three.
+    channel_idx : int, optional
+        Show this channel alone, in grey.
+    vrange : (float, float), optional
+        Black and white: by default (0, 1) where the image keeps to it, else its minimum and maximum.
+    ax : Axes, optional
+        Draw here, where there is one picture; its size decides in the place of `zoom`.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        An argument doesn't fit the image.
+    IndexError
+        There is no such channel.
+    """
+    pictures = to_pictures(image, as_rgb, channel_idx)
+    titles = [title] * len(pictures) if isinstance(title, str) else list(title)
+    if len(titles) != len(pictures):
+        raise ValueError(f"title must be one text, or one for each of the {len(pictures)} pictures, got {title!r}")
+    limits = value_range(pictures, vrange)
+    titled = zip(pictures, titles, strict=True)
+    row = [Panel(pixels, limits, f"{text}\n{describe(limits)}".lstrip()) for pixels, text in titled]
+    return draw([row], zoom=zoom, ax=ax)
 
 
 def eigendistortions(
@@ -26,7 +88,7 @@ def eigendistortions(
     indices: int | Sequence[int] = (0, -1),
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
-    panel: float = 2.6,
+    zoom: int | None = None,
 ) -> Figure:
     """Show eigendistortions: a row each of the image, the distortion alone, and the image plus the scaled distortion.
 
@@ -40,14 +102,14 @@ def eigendistortions(
         The distortion's norm in the image's units, one for all rows. By default its RMS is 5 % of `vrange`.
     vrange : (float, float), optional
         Black and white of the image: by default (0, 1) where the image keeps to it, else its minimum and maximum.
-    panel : float
-        Height of a row, in inches.
+    zoom : int, optional
+        Dots for each pixel, as in `imshow`.
 
     Returns
     -------
     Figure
-        What leaves `vrange` is clipped, on the display only. A grey distortion is shown on its own symmetric scale; a
-        colour one is centred on mid-grey.
+        What leaves `vrange` is clipped, on the display only. A distortion is shown on its own symmetric scale, so that
+        mid-grey is no change.
 
     Raises
     ------
@@ -56,7 +118,7 @@ def eigendistortions(
     IndexError
         There is no such distortion.
     """
-    distortions, image = _images(ed)
+    image, distortions = _pictures(ed)
     values = ed.result.eigenvalues
     indices = np.atleast_1d(indices).tolist()
     if not indices:
@@ -64,37 +126,22 @@ def eigendistortions(
     for i in indices:
         if not -len(values) <= i < len(values):
             raise IndexError(f"indices holds {i}, but there are {len(values)} eigendistortions")
-    colour = image.ndim == 3
-    low, high = _range([image], vrange)
+    limits = value_range([image], vrange)
     if scale is None:
-        scale = 0.05 * (high - low) * image.size**0.5
-
-    def shown(pixels: NDArray) -> NDArray:
-        return np.clip((pixels - low) / (high - low), 0, 1)
-
-    aspect = image.shape[1] / image.shape[0]
-    size = (3 * panel * aspect + 2.4, (panel + 0.75) * len(indices))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(indices), 3, squeeze=False)
-    grey = {"cmap": "gray", "interpolation": "nearest"}
-    for row, i in zip(axes, indices, strict=True):
-        distortion = distortions[i]
-        peak = float(np.abs(distortion).max())
-        title = f"eigendistortion {ed.result.eigenindex[i]}, λ = {values[i]:.3g}"
-        if colour:
-            row[1].imshow(0.5 + distortion / (2 * peak), interpolation="nearest")
-            title += f"\ncentred on mid-grey, ± {peak:.2g}"
-        else:
-            drawn = row[1].imshow(distortion, norm=Normalize(-peak, peak), **grey)
-            figure.colorbar(drawn, ax=row[1], fraction=0.046, format="%.2g", ticks=(-peak, 0, peak))
-        row[0].imshow(shown(image), vmin=0, vmax=1, **grey)
-        row[0].set_title(f"image\nblack {low:.3g}, white {high:.3g}", fontsize=9)
-        row[1].set_title(title, fontsize=9)
-        row[2].imshow(shown(image + scale * distortion), vmin=0, vmax=1, **grey)
-        row[2].set_title(f"image + {scale:.3g} × distortion\n(RMS {scale / image.size**0.5:.2g})", fontsize=9)
-        for ax in row:
-            ax.set_axis_off()
-    return figure
+        scale = 0.05 * (limits[1] - limits[0]) * image.size**0.5
+    sum_title = f"image + {scale:.3g} × distortion\n(RMS {scale / image.size**0.5:.2g})"
+    rows = []
+    for i in indices:
+        peak = float(np.abs(distortions[i]).max())
+        title = f"eigendistortion {ed.result.eigenindex[i]}, λ = {values[i]:.3g}\n{describe((-peak, peak))}"
+        rows.append(
+            [
+                Panel(image, limits, f"image\n{describe(limits)}"),
+                Panel(distortions[i], (-peak, peak), title),
+                Panel(image + scale * distortions[i], limits, sum_title),
+            ]
+        )
+    return draw(rows, zoom=zoom)
 
 
 def compare(
@@ -102,7 +149,7 @@ def compare(
     names: Sequence[str] | None = None,
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
-    panel: float = 2.6,
+    zoom: int | None = None,
 ) -> Figure:
     """Show what several models, or layers, notice most and least: a row each, all distortions at one scale.
 
@@ -112,7 +159,7 @@ def compare(
         After `synthesize`, at both ends.
     names : sequence of str, optional
         A title for each row, by default the model's class.
-    scale, vrange, panel
+    scale, vrange, zoom
         As in `eigendistortions`; one for all rows. By default the RMS of the distortions is 5 % of `vrange` at the
         largest image.
 
@@ -135,64 +182,78 @@ def compare(
     for ed, name in zip(eds, names, strict=True):
         if ed.result is not None and not {0, ed.result.image_size - 1} <= set(ed.result.eigenindex.tolist()):
             raise ValueError(f"{name!r} lacks an end of its spectrum: call synthesize(which='both')")
-    rows = [_images(ed) for ed in eds]
-    low, high = _range([image for _, image in rows], vrange)
+    pictures = [_pictures(ed) for ed in eds]
+    limits = value_range([image for image, _ in pictures], vrange)
     if scale is None:
-        scale = 0.05 * (high - low) * max(image.size for _, image in rows) ** 0.5
-    aspect = max(image.shape[1] / image.shape[0] for _, image in rows)
-    figure = Figure(figsize=(3 * panel * aspect + 0.6, (panel + 0.75) * len(eds)), layout="constrained")
-    axes = figure.subplots(len(eds), 3, squeeze=False)
-    for row, ed, name, (distortions, image) in zip(axes, eds, names, rows, strict=True):
-        panels = [(image, f"{name}\nblack {low:.3g}, white {high:.3g}")]
+        scale = 0.05 * (limits[1] - limits[0]) * max(image.size for image, _ in pictures) ** 0.5
+    rows = []
+    for ed, name, (image, distortions) in zip(eds, names, pictures, strict=True):
+        row = [Panel(image, limits, f"{name}\n{describe(limits)}")]
         for i, which in ((0, "most"), (-1, "least")):
             title = f"+ {scale:.3g} × {which}, index {ed.result.eigenindex[i]}\nλ = {ed.result.eigenvalues[i]:.3g}"
-            panels.append((image + scale * distortions[i], title))
-        for ax, (pixels, title) in zip(row, panels, strict=True):
-            shown = np.clip((pixels - low) / (high - low), 0, 1)
-            ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
-            ax.set_title(title, fontsize=9)
-            ax.set_axis_off()
-    return figure
+            row.append(Panel(image + scale * distortions[i], limits, title))
+        rows.append(row)
+    return draw(rows, zoom=zoom)
 
 
-def spectrum(result: EigenResult) -> Figure:
+def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] | None = None) -> Figure:
     """Draw the eigenvalues against their index, on a log scale, with the residuals ‖F v − λ v‖ as bars.
 
     An eigenvalue below 10⁻¹⁶ λ_max is drawn there, with an arrow down.
 
     Parameters
     ----------
-    result : EigenResult
+    results : EigenResult or sequence of EigenResult
+        A colour each; of several the indices are relative to N − 1.
+    names : sequence of str, optional
+        For the legend, by default the method.
 
     Returns
     -------
     Figure
+
+    Raises
+    ------
+    ValueError
+        There is no result, or `names` has another length.
     """
+    results = [results] if isinstance(results, EigenResult) else list(results)
+    names = [result.method for result in results] if names is None else list(names)
+    if not results or len(names) != len(results):
+        raise ValueError(f"results must hold at least one, and names one each, got {len(results)}, {len(names)}")
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     ax = figure.subplots()
+    several, last, titles = len(results) > 1, results[0].image_size - 1, []
+    for number, (result, name) in enumerate(zip(results, names, strict=True)):
+        x = result.eigenindex / max(result.image_size - 1, 1) if several else result.eigenindex
+        _draw_spectrum(ax, result, x, f"C{number}", f"{name}, " if several else "")
+        titles.append(f"{name}: {len(result.eigenvalues)} eigenvalues, {result.n_products:g} products")
+    ax.set_yscale("log")
+    ax.set_xlim(*((-0.03, 1.03) if several else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
+    ax.set_xlabel("eigenindex / (N − 1)" if several else f"eigenindex (0 … {last})")
+    ax.set_ylabel("eigenvalue of F, bars: residual")
+    ax.set_title("\n".join(titles), fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def _draw_spectrum(ax: Axes, result: EigenResult, x: NDArray, colour: str, prefix: str) -> None:
     top = result.lambda_max_bounds[0] or 1.0
     floor = 1e-16 * top
     below = result.eigenvalues < floor
     heights = np.maximum(result.eigenvalues, floor)
-    for status, (marker, colour) in _MARKERS.items():
+    for status, marker in _MARKERS.items():
         chosen = result.status == status
         if chosen.any():
             y, residual = heights[chosen], result.residual_norms[chosen]
             bars = np.vstack([np.minimum(residual, y - floor), residual])
-            ax.errorbar(
-                result.eigenindex[chosen], y, bars, fmt=marker, color=colour, capsize=3, label=str(status), ms=5
-            )
-    for x in result.eigenindex[below]:
-        ax.annotate("", (x, floor / 20), (x, floor), arrowprops={"arrowstyle": "->"})
-    ax.axhline(result.tol * top, color="0.6", lw=1, ls="--", label="tol · λ_max")
-    ax.set_yscale("log")
-    ax.set_ylim(bottom=floor / 30 if below.any() else None)
-    ax.set_xlim(-0.03 * result.image_size - 0.5, 1.03 * result.image_size - 0.5)
-    ax.set_xlabel(f"eigenindex (0 … {result.image_size - 1})")
-    ax.set_ylabel("eigenvalue of F, bars: residual")
-    ax.set_title(f"{result.method}: {len(heights)} eigenvalues, {result.n_products:g} products", fontsize=10)
-    ax.legend(fontsize=8)
-    return figure
+            label = f"{prefix}{status}"
+            ax.errorbar(x[chosen], y, bars, fmt=marker, color=colour, capsize=3, label=label, ms=5)
+    for place in x[below]:
+        arrow = {"arrowstyle": "->", "color": colour}
+        ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
+        ax.plot(place, floor / 30, alpha=0)  # makes room
+    ax.axhline(result.tol * top, color=colour, lw=1, ls="--", label=f"{prefix}tol · λ_max")
 
 
 def convergence(result: EigenResult) -> Figure:
@@ -243,10 +304,28 @@ def convergence(result: EigenResult) -> Figure:
     return figure
 
 
-def _range(images: Sequence[NDArray], vrange: tuple[float, float] | None) -> tuple[float, float]:
-    """Black and white: (0, 1) where all images keep to it, else their extremes."""
+def to_pictures(image: Tensor | ArrayLike, as_rgb: bool | None = None, channel_idx: int | None = None) -> list[NDArray]:
+    """The pictures that `imshow` shows of an image: one (height, width, 3), or a (height, width) for each channel."""
+    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image).astype(np.float64)
+    if pixels.ndim < 2:
+        raise ValueError(f"the image must have shape (..., height, width), got {pixels.shape}")
+    channels = pixels.reshape(-1, *pixels.shape[-2:])
+    count = len(channels)
+    if channel_idx is not None:
+        if as_rgb:
+            raise ValueError(f"as_rgb shows all channels, and channel_idx={channel_idx} one: give one of them")
+        if not -count <= channel_idx < count:
+            raise IndexError(f"channel_idx is {channel_idx}, but the image has {count} channels")
+        return [channels[channel_idx]]
+    if as_rgb and count != 3:
+        raise ValueError(f"as_rgb needs an image of three channels, (..., 3, height, width), got shape {pixels.shape}")
+    return [np.moveaxis(channels, 0, -1)] if count == 3 and as_rgb is not False else list(channels)
+
+
+def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None) -> tuple[float, float]:
+    """Black and white: (0, 1) where all pictures keep to it, else their extremes."""
     if vrange is None:
-        least, most = min(image.min() for image in images), max(image.max() for image in images)
+        least, most = min(p.min() for p in pictures), max(p.max() for p in pictures)
         vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (float(least), float(most))
     low, high = vrange
     if not high > low:
@@ -254,19 +333,77 @@ def _range(images: Sequence[NDArray], vrange: tuple[float, float] | None) -> tup
     return low, high
 
 
-def _images(ed: Eigendistortion) -> tuple[NDArray, NDArray]:
-    """The distortions and the image, each (height, width) or (height, width, 3)."""
+def describe(vrange: tuple[float, float]) -> str:
+    return f"black {vrange[0]:.3g}, white {vrange[1]:.3g}"
+
+
+def draw(
+    rows: Sequence[Sequence[Panel | None]], *, zoom: int | None = None, suptitle: str = "", ax: Axes | None = None
+) -> Figure:
+    """Draw rows of panels, each pixel as `zoom` × `zoom` dots, and each column as wide as its titles need."""
+    panels = [panel for row in rows for panel in row if panel is not None]
+    if ax is not None:
+        if len(panels) != 1 or zoom is not None:
+            raise ValueError(f"ax takes one picture, at its own size, but there are {len(panels)} and zoom is {zoom}")
+        _fill(ax, panels[0])
+        return ax.figure
+    if zoom is None:
+        zoom = max(1, round(_PANEL / max(max(p.pixels.shape[:2]) for p in panels)))
+    if zoom != round(zoom) or zoom < 1:
+        raise ValueError(f"zoom must be a whole number from 1, got {zoom}: crop the image where it is too large")
+    zoom = int(zoom)
+    figure = Figure(dpi=_DPI)
+    sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]
+    columns = [max(max(width, text) for width, _, text in column) for column in zip(*sizes, strict=True)]
+    lines = max(panel.title.count("\n") + 1 for panel in panels)
+    above, heights = 20 * lines, [max(height for _, height, _ in row) for row in sizes]
+    head = _text_width(figure, suptitle, 12) if suptitle else 0
+    width = max(sum(columns) + _GAP * (len(columns) + 1), head + 2 * _GAP)
+    height = sum(heights) + (above + _GAP) * len(rows) + _GAP + (40 if suptitle else 0)
+    figure.set_size_inches(width / _DPI, height / _DPI)
+    if suptitle:
+        figure.text(0.5, 1 - 14 / height, suptitle, fontsize=12, ha="center", va="top")
+    left, bottom = (width - sum(columns) - _GAP * (len(columns) - 1)) // 2, height - (40 if suptitle else 0)
+    for row, row_sizes, row_height in zip(rows, sizes, heights, strict=True):
+        x, bottom = left, bottom - above - row_height - _GAP
+        for panel, (w, h, _), column in zip(row, row_sizes, columns, strict=True):
+            if panel is not None:
+                place = (x + (column - w) // 2) / width, bottom / height, w / width, h / height
+                _fill(figure.add_axes(place), panel)
+            x += column + _GAP
+    return figure
+
+
+def _size(figure: Figure, panel: Panel, zoom: int) -> tuple[int, int, int]:
+    """Width and height of the picture, and width of its title, in dots."""
+    height, width = panel.pixels.shape[:2]
+    return width * zoom, height * zoom, max(_text_width(figure, line, 9) for line in panel.title.split("\n"))
+
+
+def _text_width(figure: Figure, text: str, fontsize: float) -> int:
+    drawn = figure.text(0, 0, text, fontsize=fontsize)
+    width = int(np.ceil(drawn.get_window_extent().width))
+    drawn.remove()
+    return width
+
+
+def _fill(ax: Axes, panel: Panel) -> None:
+    low, high = panel.vrange
+    shown = np.clip((panel.pixels - low) / (high - low), 0, 1)
+    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+    ax.set_title(panel.title, fontsize=9)
+    ax.set_axis_off()
+
+
+def _pictures(ed: Eigendistortion) -> tuple[NDArray, list[NDArray]]:
+    """The image and the distortions, each (height, width) or (height, width, 3)."""
     if ed.result is None or len(ed.result.eigenvalues) == 0:
         raise ValueError("there are no eigendistortions to show: call synthesize() first")
-    shape = [n for n in ed.image.shape if n != 1]
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 3):
+    blocks = [ed.image, *ed.operator.to_tensors(ed.result.eigenvectors)]
+    if ed.image.ndim < 2 or ed.image[..., 0, 0].numel() not in (1, 3):
         raise ValueError(
             f"the image must be grey (..., height, width) or colour (..., 3, height, width), got shape "
             f"{tuple(ed.image.shape)}"
         )
-
-    def arrange(block: Tensor) -> NDArray:
-        pixels = block.detach().cpu().numpy().astype(np.float64).reshape(len(block), *shape)
-        return np.moveaxis(pixels, 1, -1) if len(shape) == 3 else pixels
-
-    return arrange(ed.eigendistortions), arrange(ed.image[None])[0]
+    (image,), *distortions = (to_pictures(block) for block in blocks)
+    return image, [d for (d,) in distortions]

@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from fisherop import ConvergenceError, Eigendistortion, eigenpairs, plot
 from fisherop.testing import linear_model, matrix_with_singular_values
@@ -24,23 +28,23 @@ def test_grey_panels_show_what_they_say(tmp_path):
     image, (first, *_, last) = ed.image[0, 0].numpy(), ed.eigendistortions[:, 0].numpy()
     for row, distortion in ((shown[:3], first), (shown[3:], last)):
         np.testing.assert_allclose(row[0], image)
-        np.testing.assert_allclose(row[1], distortion)
+        np.testing.assert_allclose(row[1], 0.5 + 0.5 * distortion / np.abs(distortion).max())
         np.testing.assert_allclose(row[2], np.clip(image + 2 * distortion, 0, 1))
     titles = [ax.get_title() for ax in panels(figure)]
-    assert titles[1] == "eigendistortion 0, λ = 9" and titles[4].startswith("eigendistortion 59, λ = ")
+    peak = np.abs(first).max()
+    assert titles[1] == f"eigendistortion 0, λ = 9\nblack {-peak:.3g}, white {peak:.3g}"
+    assert titles[4].startswith("eigendistortion 59, λ = ")
     assert titles[2].startswith("image + 2 × distortion") and titles[0] == "image\nblack 0, white 1"
-    limits = panels(figure)[1].images[0].get_clim()
-    assert limits[0] == -limits[1] == -np.abs(first).max()
     figure.savefig(tmp_path / "figure.png")
 
 
-def test_colour_is_centred_on_mid_grey(tmp_path):
+def test_a_colour_distortion_is_centred_on_mid_grey(tmp_path):
     ed = ed_of((1, 3, 4, 5))
     figure = plot.eigendistortions(ed)
     shown = np.asarray(panels(figure)[1].images[0].get_array())
     distortion = np.moveaxis(ed.eigendistortions[0].numpy(), 0, -1)
     np.testing.assert_allclose(shown, 0.5 + 0.5 * distortion / np.abs(distortion).max())
-    assert "centred on mid-grey" in panels(figure)[1].get_title()
+    assert shown.shape == (4, 5, 3)
     figure.savefig(tmp_path / "figure.png")
 
 
@@ -78,6 +82,107 @@ def test_bad_arguments(shape, arguments, error, message):
 def test_needs_a_synthesis():
     with pytest.raises(ValueError, match=r"no eigendistortions to show: call synthesize\(\) first"):
         plot.eigendistortions(Eigendistortion(torch.ones(6, 10).double(), linear_model(MATRIX)))
+
+
+def dots(figure):
+    """The figure as it is on the screen, in dots (height, width, 3) from 0 to 255."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def inside(figure, ax):
+    """The dots of one panel."""
+    pixels = dots(figure)
+    box = ax.get_window_extent()
+    left, right = round(box.x0), round(box.x1)
+    return pixels[pixels.shape[0] - round(box.y1) : pixels.shape[0] - round(box.y0), left:right]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 7), st.booleans(), st.integers(0, 99))
+def test_each_pixel_becomes_zoom_by_zoom_dots(height, width, zoom, colour, seed):
+    levels = np.random.default_rng(seed).integers(256, size=(3 if colour else 2, height, width))
+    figure = plot.imshow(torch.tensor(levels / 255)[None], "a title wider than the picture", zoom=zoom)
+    expected = [np.moveaxis(levels, 0, -1)] if colour else [np.stack([c] * 3, -1) for c in levels]
+    assert len(figure.axes) == len(expected)
+    for ax, pixels in zip(figure.axes, expected, strict=True):
+        drawn, replicated = inside(figure, ax).astype(int), pixels.repeat(zoom, 0).repeat(zoom, 1)
+        np.testing.assert_allclose(drawn, replicated, atol=1, rtol=0)  # 256 grey levels, rounded down
+
+
+def assert_nothing_is_clipped(figure):
+    """All text lies within the figure, and no title reaches into another."""
+    FigureCanvasAgg(figure).draw()
+    boxes = [t.get_window_extent() for t in (*figure.texts, *(ax.title for ax in figure.axes))]
+    for box in boxes:
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    for ax in figure.axes:
+        assert not any(box.overlaps(ax.get_window_extent().padded(-1)) for box in boxes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 30), (1, 3, 4, 5), (1, 3, 10, 2), (60, 1)])
+def test_titles_have_room(shape):
+    ed = ed_of(shape)
+    for zoom in (1, None):
+        assert_nothing_is_clipped(plot.eigendistortions(ed, zoom=zoom))
+        assert_nothing_is_clipped(plot.compare([ed, ed], ["short", "a name that is longer than the image"], zoom=zoom))
+        assert_nothing_is_clipped(plot.imshow(ed.image, "one\ntwo\nthree", zoom=zoom))
+
+
+def test_imshow_chooses_channels_and_range():
+    image = torch.linspace(-1, 2, 60).reshape(1, 3, 4, 5)
+    blue = image[0, 2].numpy()
+    (ax,) = plot.imshow(image).axes
+    assert ax.get_title() == "black -1, white 2" and np.shape(ax.images[0].get_array()) == (4, 5, 3)
+    assert ax.get_window_extent().width == 5 * 52  # 260 dots
+    figure = plot.imshow(image.numpy(), ["r", "g", "b"], as_rgb=False, vrange=(0, 2))
+    assert [ax.get_title() for ax in figure.axes] == [f"{c}\nblack 0, white 2" for c in "rgb"]
+    (ax,) = plot.imshow(image, channel_idx=-1).axes
+    np.testing.assert_allclose(ax.images[0].get_array(), (blue - blue.min()) / np.ptp(blue), rtol=1e-6)
+    own = Figure()
+    assert plot.imshow(image, "here", ax=own.subplots()) is own
+    assert own.axes[0].get_title().startswith("here")
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "error", "message"),
+    [
+        ((5,), {}, ValueError, r"the image must have shape \(\.\.\., height, width\), got \(5,\)"),
+        (
+            (1, 4, 5),
+            {"as_rgb": True},
+            ValueError,
+            r"as_rgb needs an image of three channels, .*, got shape \(1, 4, 5\)",
+        ),
+        ((3, 4, 5), {"as_rgb": True, "channel_idx": 0}, ValueError, "as_rgb shows all channels, and channel_idx=0 one"),
+        ((3, 4, 5), {"channel_idx": 3}, IndexError, "channel_idx is 3, but the image has 3 channels"),
+        ((2, 4, 5), {"title": ["a"]}, ValueError, r"one for each of the 2 pictures, got \['a'\]"),
+        ((4, 5), {"zoom": 1.5}, ValueError, "zoom must be a whole number from 1, got 1.5: crop the image"),
+        ((4, 5), {"zoom": 0}, ValueError, "zoom must be a whole number from 1, got 0"),
+        ((2, 4, 5), {"ax": Figure().subplots()}, ValueError, "ax takes one picture, at its own size, but there are 2"),
+        ((4, 5), {"ax": Figure().subplots(), "zoom": 2}, ValueError, "there are 1 and zoom is 2"),
+    ],
+)
+def test_what_imshow_refuses(shape, arguments, error, message):
+    with pytest.raises(error, match=message):
+        plot.imshow(torch.rand(shape, generator=torch.Generator().manual_seed(0)), **arguments)
+
+
+def test_spectra_of_several_results(tmp_path):
+    eds = ed_of((6, 10)), ed_of((1, 3, 4, 5), which="largest")
+    figure = plot.spectrum([ed.result for ed in eds], names=["grey", "colour"])
+    figure.savefig(tmp_path / "figure.png")
+    (ax,) = figure.axes
+    drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
+    assert set(drawn) == {"grey, eigenpair", "grey, null to tol", "colour, eigenpair"}
+    np.testing.assert_allclose(drawn["grey, null to tol"][:, 0], [58 / 59, 1])
+    np.testing.assert_allclose(drawn["colour, eigenpair"], np.c_[[0, 1 / 59], eds[1].result.eigenvalues])
+    assert ax.get_xlabel() == "eigenindex / (N − 1)" and ax.get_title().count("eigenvalues") == 2
+    for arguments in (([],), ([eds[0].result], ["a", "b"])):
+        with pytest.raises(ValueError, match="results must hold at least one, and names one each, got"):
+            plot.spectrum(*arguments)
 
 
 def test_spectrum_shows_every_status(tmp_path):
