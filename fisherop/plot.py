@@ -338,7 +338,12 @@ def describe(vrange: tuple[float, float]) -> str:
 
 
 def draw(
-    rows: Sequence[Sequence[Panel | None]], *, zoom: int | None = None, suptitle: str = "", ax: Axes | None = None
+    rows: Sequence[Sequence[Panel | None]],
+    *,
+    zoom: int | None = None,
+    suptitle: str = "",
+    ax: Axes | None = None,
+    figure: Figure | None = None,
 ) -> Figure:
     """Draw rows of panels, each pixel as `zoom` × `zoom` dots, and each column as wide as its titles need."""
     panels = [panel for row in rows for panel in row if panel is not None]
@@ -352,7 +357,8 @@ def draw(
     if zoom != round(zoom) or zoom < 1:
         raise ValueError(f"zoom must be a whole number from 1, got {zoom}: crop the image where it is too large")
     zoom = int(zoom)
-    figure = Figure(dpi=_DPI)
+    figure = Figure() if figure is None else figure
+    figure.set_dpi(_DPI)
     sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]
     columns = [max(max(width, text) for width, _, text in column) for column in zip(*sizes, strict=True)]
     lines = max(panel.title.count("\n") + 1 for panel in panels)

@@ -22,9 +22,10 @@ ORDER = [
     "layers",
     "images",
     "plot",
+    "plenoptic",
     "testing",
 ]
-MAY_IMPORT_MATPLOTLIB = {"plot", "images"}  # the latter for its photograph
+MAY_IMPORT_MATPLOTLIB = {"plot", "plenoptic", "images"}  # the last for its photograph
 
 
 def imports(path):

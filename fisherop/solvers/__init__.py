@@ -271,6 +271,7 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
             "larger tol"
         )
     else:
-        advice = "raise maxiter, accept a larger tol, or use another method"
+        other = "another method" if result.method == "golub_kahan" else "method='golub_kahan'"
+        advice = f"raise maxiter, accept a larger tol, or use {other}"
     parts.append(advice + "; what was found is in the error's .result, or returned with on_failure='warn'")
     return ".\n".join(parts)

@@ -1,0 +1,246 @@
+"""plenoptic's names for what is here: ``import fisherop.plenoptic as po`` in the place of ``import plenoptic as po``.
+
+The eigendistortions and their figures are fisherop's; every other name is looked up in plenoptic, which has to be
+installed for those alone. ``docs/from_plenoptic.md`` says what differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import fisherop.eigendistortion
+from fisherop.plot import Panel, describe, draw, to_pictures, value_range
+
+
+class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
+    """`fisherop.Eigendistortion`, but a `synthesize` that does not converge warns, so that a script goes on."""
+
+    def synthesize(self, *args: Any, on_failure: str = "warn", **kwargs: Any) -> Eigendistortion:
+        return super().synthesize(*args, on_failure=on_failure, **kwargs)
+
+
+def display_eigendistortion(
+    eigendistortion: fisherop.eigendistortion.Eigendistortion,
+    eigenindex: int = 0,
+    alpha: float = 5.0,
+    process_image: Callable[[Tensor], Tensor] | None = None,
+    ax: Axes | None = None,
+    *,
+    as_rgb: bool | None = None,
+    channel_idx: int | None = None,
+    zoom: int | None = None,
+    vrange: tuple[float, float] | None = None,
+) -> Figure:
+    """Show the image plus a scaled eigendistortion.
+
+    Parameters
+    ----------
+    eigendistortion : Eigendistortion
+        After `synthesize`.
+    eigenindex : int
+        Rank among all N: 0 for the most noticeable, −1 or N − 1 for the least.
+    alpha : float
+        The distortion's norm, in the image's units.
+    process_image : callable, optional
+        Makes of the image, with or without distortion and of its shape, on the CPU, what is shown, such as by undoing
+        a normalisation.
+    as_rgb, channel_idx, zoom, vrange, ax
+        As in `fisherop.plot.imshow`; `vrange` by default of the image alone.
+
+    Returns
+    -------
+    Figure
+        One of pyplot's, so that a notebook shows it.
+
+    Raises
+    ------
+    ValueError
+        This eigendistortion has not been synthesized, or as in `imshow`.
+    """
+    show = _Shown(eigendistortion, process_image, None, as_rgb, channel_idx, vrange)
+    return draw([show.sum(eigenindex, alpha)], zoom=zoom, ax=ax, figure=pyplot.figure() if ax is None else None)
+
+
+def display_eigendistortion_all(
+    eigendistortion: fisherop.eigendistortion.Eigendistortion,
+    eigenindex: int | Sequence[int] = (0, -1),
+    alpha: float | Sequence[float] = 5.0,
+    process_image: Callable[[Tensor], Tensor] | None = None,
+    process_distortion: Callable[[Tensor], Tensor] | None = None,
+    as_rgb: bool | None = None,
+    channel_idx: int | None = None,
+    suptitle: str = "Eigendistortions",
+    *,
+    zoom: int | None = None,
+    vrange: tuple[float, float] | None = None,
+) -> Figure:
+    """Show eigendistortions alone, above, and, below, the image and the image plus each of them.
+
+    Parameters
+    ----------
+    eigendistortion : Eigendistortion
+        After `synthesize`.
+    eigenindex : int or sequence of int
+        Ranks among all N: 0 for the most noticeable, −1 or N − 1 for the least.
+    alpha : float or sequence of float
+        The distortions' norm, in the image's units; one for all, or one each.
+    process_image : callable, optional
+        As in `display_eigendistortion`; it sees the second row.
+    process_distortion : callable, optional
+        The same for the first row. By default a distortion is shown on its own symmetric scale, so that mid-grey is no
+        change.
+    suptitle : str
+    as_rgb, channel_idx, zoom, vrange
+        As in `display_eigendistortion`.
+
+    Returns
+    -------
+    Figure
+        One of pyplot's, so that a notebook shows it.
+
+    Raises
+    ------
+    ValueError
+        One of these eigendistortions has not been synthesized, `alpha` has another length, or as in `imshow`.
+    """
+    indices = list(eigenindex) if isinstance(eigenindex, Iterable) else [eigenindex]
+    alphas = list(alpha) if isinstance(alpha, Iterable) else [alpha] * len(indices)
+    if len(alphas) != len(indices):
+        raise ValueError(f"alpha must be one number, or one for each of {indices}, got {alpha!r}")
+    show = _Shown(eigendistortion, process_image, process_distortion, as_rgb, channel_idx, vrange)
+    above, below = [None] * len(show.image()), show.image()
+    for index, scale in zip(indices, alphas, strict=True):
+        above += show.distortion(index)
+        below += show.sum(index, scale)
+    return draw([above, below], zoom=zoom, suptitle=suptitle, figure=pyplot.figure())
+
+
+def eigendistortion_imshow_all(
+    eigendistortion: fisherop.eigendistortion.Eigendistortion,
+    eigenindex: int | Sequence[int] = (0, -1),
+    channel_idx: int | None = None,
+    distortion_scale: float | Sequence[float] = 5.0,
+    process_image: Callable[[Tensor], Tensor] | None = None,
+    process_distortion: Callable[[Tensor], Tensor] | None = None,
+    **kwargs: Any,
+) -> Figure:
+    """`display_eigendistortion_all` as plenoptic 2 calls it: `eigenindex` is the position among those found."""
+    positions = list(eigenindex) if isinstance(eigenindex, Iterable) else [eigenindex]
+    found = [] if eigendistortion.result is None else eigendistortion.result.eigenindex.tolist()
+    if found and not all(-len(found) <= i < len(found) for i in positions):
+        raise ValueError(f"eigenindex holds positions among the {len(found)} eigendistortions found, got {positions}")
+    return display_eigendistortion_all(
+        eigendistortion,
+        [found[i] for i in positions if found],
+        distortion_scale,
+        process_image,
+        process_distortion,
+        channel_idx=channel_idx,
+        **kwargs,
+    )
+
+
+class _Shown:
+    """The panels of an image, of its distortions, and of their sums: one in colour, or one for each channel."""
+
+    def __init__(
+        self,
+        ed: fisherop.eigendistortion.Eigendistortion,
+        process_image: Callable[[Tensor], Tensor] | None,
+        process_distortion: Callable[[Tensor], Tensor] | None,
+        as_rgb: bool | None,
+        channel_idx: int | None,
+        vrange: tuple[float, float] | None,
+    ) -> None:
+        if ed.result is None:
+            raise ValueError("there are no eigendistortions to show: call synthesize() first")
+        self.ed, self.process_image, self.process_distortion = ed, process_image, process_distortion
+        self.channels = as_rgb, channel_idx
+        self.original = ed.image.detach().cpu().clone()  # a process_image in place changes nothing else
+        self.limits = value_range(self._pictures(self.original.clone(), process_image), vrange)
+
+    def image(self) -> list[Panel]:
+        return self._panels(self.original.clone(), self.process_image, "image", self.limits)
+
+    def sum(self, index: int, scale: float) -> list[Panel]:
+        distortion, name = self._distortion(index)
+        return self._panels(
+            self.original + scale * distortion, self.process_image, f"image + {scale:.3g} × {name}", self.limits
+        )
+
+    def distortion(self, index: int) -> list[Panel]:
+        distortion, name = self._distortion(index)
+        if self.process_distortion is None:
+            peak = float(distortion.abs().max())
+            limits = -peak, peak
+        else:
+            limits = value_range(self._pictures(distortion.clone(), self.process_distortion))
+        return self._panels(distortion, self.process_distortion, name, limits)
+
+    def _distortion(self, index: int) -> tuple[Tensor, str]:
+        result = self.ed.result
+        ranks = result.eigenindex.tolist()
+        if not -result.image_size <= index < result.image_size or index % result.image_size not in ranks:
+            raise ValueError(
+                f"eigenindex {index} is none of those synthesized, {ranks} of {result.image_size}: name one of these, "
+                "or synthesize more with k"
+            )
+        column = ranks.index(index % result.image_size)
+        tensor = self.ed.operator.to_tensors(result.eigenvectors[:, [column]])[0].cpu()
+        return tensor, f"eigendistortion {ranks[column]}\nλ = {result.eigenvalues[column]:.3g}"
+
+    def _pictures(self, tensor: Tensor, process: Callable[[Tensor], Tensor] | None) -> list:
+        return to_pictures(tensor if process is None else process(tensor), *self.channels)
+
+    def _panels(
+        self, tensor: Tensor, process: Callable[[Tensor], Tensor] | None, title: str, limits: tuple[float, float]
+    ) -> list[Panel]:
+        pictures = self._pictures(tensor, process)
+        title += ", processed" if process is not None else ""
+        names = [f"channel {i}: {title}" for i in range(len(pictures))] if len(pictures) > 1 else [title]
+        return [Panel(p, limits, f"{name}\n{describe(limits)}") for p, name in zip(pictures, names, strict=True)]
+
+
+class _Namespace:
+    """Some names of our own in the place of plenoptic's; all others are plenoptic's."""
+
+    def __init__(self, path: str, **own: Any) -> None:
+        vars(self).update(own, _path=path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_module(self._path), name)
+
+
+def _module(path: str) -> Any:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error}: fisherop.plenoptic looks up what isn't its own there, `pip install plenoptic`"
+        ) from error
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(_module("plenoptic"), name)
+
+
+_own = {
+    "Eigendistortion": Eigendistortion,
+    "display_eigendistortion": display_eigendistortion,
+    "display_eigendistortion_all": display_eigendistortion_all,
+}
+synth = synthesize = _Namespace(
+    "plenoptic.synthesize",
+    Eigendistortion=Eigendistortion,
+    eigendistortion=_Namespace("plenoptic.synthesize.eigendistortion", **_own),
+)
+plot = _Namespace("plenoptic.plot", eigendistortion_imshow_all=eigendistortion_imshow_all)
