@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult, Status
-from fisherop.solvers import eigenpairs, progress_bar
+from fisherop.solvers import certify_anew, eigenpairs, progress_bar
 
 _FORMAT = 1  # of files
 _LIBRARIES = ("fisherop", "torch", "numpy", "scipy")
@@ -58,7 +59,8 @@ class Eigendistortion:
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
-        self.operator = FisherOperator(image, model, engine=engine, chunk_size=chunk_size)
+        self._products = {"engine": engine, "chunk_size": chunk_size}
+        self.operator = FisherOperator(image, model, **self._products)
         self.model = model
         self.result: EigenResult | None = None
 
@@ -83,6 +85,10 @@ class Eigendistortion:
         **options: Any,
     ) -> Eigendistortion:
         """Find the eigendistortions.
+
+        Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it goes on from what is
+        there: distortions that hold at the new `tol` are kept, and what is missing is searched in their complement.
+        This keeps the distortions, more than it saves products; a new object begins from scratch.
 
         Parameters
         ----------
@@ -119,6 +125,7 @@ class Eigendistortion:
             k = self.operator.shape[0] if method == "exact" else 1
         if which is None:
             which = "largest" if method == "randomized_svd" else "both"
+        goes_on = self.result is not None and self.result.method == "golub_kahan" and method in ("auto", "golub_kahan")
         self.result = eigenpairs(
             self.operator,
             k,
@@ -129,8 +136,46 @@ class Eigendistortion:
             rng=rng,
             progress=progress,
             on_failure=on_failure,
+            start=self.result if goes_on and not options.keys() & {"v0", "orthogonal_to"} else None,
             **options,
         )
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Eigendistortion:
+        """Move to another device, or to another precision, in place; the model that was passed stays as it is.
+
+        A module is copied, then moved. What was found is certified anew by products in the new arithmetic; a Jacobian
+        is computed anew.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            A device, a dtype (float32 or float64), or both, as `torch.Tensor.to` takes them.
+
+        Returns
+        -------
+        Eigendistortion
+            Itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As by `torch.Tensor.to` and `linearize`; the object is unchanged.
+
+        Warns
+        -----
+        RuntimeWarning
+            What was found does not hold in the new arithmetic, as float32 distortions may not in float64.
+        """
+        image = self.image.to(*args, **kwargs)
+        if image is self.image:
+            return self
+        model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
+        operator = FisherOperator(image, model, **self._products)
+        if self.jacobian is not None:
+            operator.jacobian.to_dense()
+        result = None if self.result is None else certify_anew(operator, self.result)
+        self.operator, self.model, self.result = operator, model, result
         return self
 
     def compute_jacobian(self, *, progress: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ from helpers import DEVICES, DTYPES, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherop import ConvergenceError, Eigendistortion
+from fisherop import ConvergenceError, Eigendistortion, eigenpairs
 from fisherop.eigendistortion import _fingerprint
 from fisherop.solvers.exact import exact
 from fisherop.testing import linear_model, matrix_with_singular_values
@@ -120,6 +120,96 @@ def saved(tmp_path):
     path = tmp_path / "ed.npz"
     linear().synthesize("golub_kahan", k=2, rng=0, progress=False).save(path)
     return path
+
+
+ENDS = st.sampled_from(["both", "largest", "smallest"])
+
+
+@given(
+    st.integers(0, 999),
+    st.lists(st.tuples(st.integers(1, 4), ENDS, st.floats(-8, -3)), min_size=2, max_size=4),
+    st.sampled_from(["gaps", "cluster", "repeated", "null"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_synthesis_goes_on_from_what_is_there(seed, steps, kind):
+    """Whatever was asked for before: the answer is what was asked for last."""
+    sigma = {
+        "gaps": np.linspace(3, 1, 40),
+        "cluster": np.r_[3.0, np.linspace(2, 1, 34), 1e-3 + 1e-6 * np.arange(5)[::-1]],
+        "repeated": np.r_[np.full(3, 3.0), np.linspace(2, 1, 34), np.full(3, 0.5)],
+        "null": np.r_[np.linspace(3, 1, 30), np.zeros(10)],
+    }[kind]
+    matrix = matrix_with_singular_values(sigma, 50, 40, rng=seed)
+    ed = Eigendistortion(torch.linspace(0, 1, 40, dtype=torch.float64), linear_model(matrix))
+    for k, which, decades in steps:
+        ed.synthesize("golub_kahan", k, which=which, tol=10**decades, rng=seed, progress=False)
+        result, top = ed.result, 9.0
+        expected = np.r_[: k if which != "smallest" else 0, 40 - k if which != "largest" else 40 : 40]
+        assert result.eigenindex.tolist() == expected.tolist() and result.converged.all() and result.tol == 10**decades
+        np.testing.assert_allclose(result.eigenvalues, sigma[expected] ** 2, rtol=0, atol=6 * result.tol * top)
+        again = ed.synthesize("golub_kahan", k, which=which, tol=10**decades, progress=False)
+        assert again.result is result
+
+
+def test_what_holds_costs_no_search():
+    matrix = matrix_with_singular_values(np.linspace(3, 1, 300), 320, 300)
+    ed = Eigendistortion(torch.linspace(0, 1, 300, dtype=torch.float64), linear_model(matrix))
+    first = ed.synthesize(k=2, rng=0, progress=False).result
+    assert first.method == "golub_kahan"
+    for arguments in ({"k": 1}, {"k": 2, "tol": 1e-4}, {"k": 2, "which": "smallest", "tol": 1e-6}):
+        ed.result = first
+        assert (
+            ed.synthesize(rng=1, progress=False, **arguments).result.n_products <= 4 / 2 + 4 + 2 + 30
+        )  # rotation, certificate, noise, probe
+        assert ed.result.converged.all()
+    ed.result = first
+    assert ed.synthesize(k=2, progress=False).result is first
+    before = ed.operator.n_products
+    ed.synthesize(k=2, rng=1, v0=first.eigenvectors, progress=False)  # which says where to begin
+    assert ed.operator.n_products - before > 40
+
+
+def test_a_start_must_belong_to_the_operator():
+    one, other = linear(), Eigendistortion(torch.ones(10).double(), lambda x: 2 * x)
+    start = one.synthesize("golub_kahan", rng=0, progress=False).result
+    with pytest.raises(ValueError, match="start must be a result of the same operator, with N = 10 and M = 10, got 24"):
+        eigenpairs(other.operator, method="golub_kahan", start=start)
+    with pytest.raises(ValueError, match="start already says where to begin: leave out v0 and orthogonal_to"):
+        eigenpairs(one.operator, method="golub_kahan", start=start, v0=np.ones(24))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_precision(device):
+    model = small_model()
+    ed = Eigendistortion(small_image(), model)
+    ed.synthesize(k=2, rng=0, tol=1e-4, progress=False)
+    ed.compute_jacobian(progress=False)
+    before = ed.result
+    assert ed.to(torch.float64) is ed and ed.model is model and ed.result is before
+    assert ed.to(device, torch.float32) is ed
+    assert ed.image.dtype == ed.eigendistortions.dtype == ed.jacobian.dtype == torch.float32
+    assert ed.image.device.type == device and ed.model is not model
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    result = ed.result
+    assert result.converged.all() and result.eigenvectors.dtype == np.float32 and 1e-9 < result.noise < 1e-4
+    np.testing.assert_allclose(result.eigenvalues, before.eigenvalues, rtol=1e-4)
+    np.testing.assert_allclose(result.eigenvectors, before.eigenvectors, atol=1e-2)
+    ed.to(dtype=torch.float64)
+    assert ed.result.eigenvectors.dtype == np.float64 and ed.result.noise < 1e-12
+    ed.result = None
+    assert ed.to(torch.float32).result is None
+
+
+def test_what_does_not_hold_in_another_precision_warns():
+    ed = Eigendistortion(small_image(torch.float64), small_model()).synthesize("exact", k=1, tol=1e-11, progress=False)
+    with pytest.warns(RuntimeWarning, match=r"did not reach tol=1e-11 .*(?s:.*)rounding alone gives residuals"):
+        ed.to(torch.float32)
+    assert not ed.result.converged.all()
+    before = ed.result
+    for bad in (torch.float16, torch.int64):
+        with pytest.raises((TypeError, ValueError), match=r"float32 or float64|floating"):
+            ed.to(bad)
+    assert ed.image.dtype == torch.float32 and ed.result is before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

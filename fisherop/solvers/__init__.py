@@ -51,6 +51,7 @@ def eigenpairs(
     rng: int | np.random.Generator | None = None,
     progress: bool = True,
     on_failure: str = "raise",
+    start: EigenResult | None = None,
     **options: Any,
 ) -> EigenResult:
     """The k most and the k least noticeable directions of an image: extreme eigenpairs of F, certified.
@@ -81,6 +82,9 @@ def eigenpairs(
         Show the products done, once a second has passed.
     on_failure : {"raise", "warn"}
         What happens when a pair did not converge.
+    start : EigenResult, optional
+        Of the same operator. ``"golub_kahan"`` keeps those of its pairs that hold at `tol`, and searches what is
+        missing in their complement; other methods begin anew. What holds in full is returned as it is.
     **options
         The solver's own; see there.
 
@@ -106,23 +110,42 @@ def eigenpairs(
     rng = spawned(rng)
     before = operator.n_products
     stopped: SolverStopped | None = None
+    details: dict[str, Any] = {}
     # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
     aim = 0.95 * tol
     if solver is not golub_kahan:
         aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
+    kept = np.empty((n, 0)), np.empty((n, 0))
+    missing, ends = k, which
+    if start is not None and solver is golub_kahan:
+        if options.keys() & {"v0", "orthogonal_to"}:
+            raise ValueError("start already says where to begin: leave out v0 and orthogonal_to")
+        kept, missing, ends = _kept(start, k, which, tol, operator)
+        if not missing and tol == start.tol and len(start.eigenindex) == kept[0].shape[1] + kept[1].shape[1]:
+            return start
+        if kept[0].size or kept[1].size:
+            options["orthogonal_to"] = np.hstack(kept)
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
         try:
-            _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
-            details = more[0] if more else {}
-            vectors, index = _check_answer(vectors, k, which, n, name)
+            if missing:
+                _, vectors, *more = solver(operator, missing, ends, tol=aim, maxiter=maxiter, rng=rng, **options)
+                details = more[0] if more else {}
+                vectors, index = _check_answer(vectors, missing, ends, n, name)
+            else:
+                vectors, index, details = np.empty((n, 0)), np.empty(0, dtype=np.intp), dict(start.details)
         except SolverStopped as error:
-            stopped, details = error, {}
+            stopped = error
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
         if options.get("orthogonal_to") is not None:
-            vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
+            if start is None:
+                vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
+            else:
+                top = kept[0].shape[1] + (index == np.arange(len(index))).sum()
+                vectors = np.hstack([kept[0], vectors, kept[1]])
+                index = np.r_[:top, n - (vectors.shape[1] - top) : n]
             details.pop("ground", None)  # nobody has examined those
         # what our own solvers say; all others are examined
         ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
@@ -144,6 +167,20 @@ def eigenpairs(
             raise error from stopped
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
     return result
+
+
+def certify_anew(operator: FisherOperator, result: EigenResult) -> EigenResult:
+    """A result's pairs by products of another operator, of the same model in other arithmetic.
+
+    Warns where a pair does not hold there.
+    """
+    vectors = _rayleigh_ritz(operator, result.eigenvectors)
+    anew = certify(
+        operator, vectors, result.eigenindex, tol=result.tol, method=result.method, rng=0, details=result.details
+    )
+    if not anew.converged.all():
+        warnings.warn(_explain(anew, None), RuntimeWarning, stacklevel=3)
+    return dataclasses.replace(anew, n_products=result.n_products + anew.n_products)
 
 
 def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
@@ -218,6 +255,38 @@ def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, give
         top = from_top.sum() + (known > (values[from_top].min() + values[~from_top].max()) / 2).sum()
     vectors = np.hstack([vectors, given])
     return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
+
+
+def _kept(
+    start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator
+) -> tuple[tuple[NDArray, NDArray], int, str]:
+    """The largest and the smallest pairs of a result that hold at `tol`; how many are missing, and at which ends.
+
+    What is missing at both ends must be as many at each: where it isn't, fewer are kept.
+    """
+    m, n = operator.jacobian.shape
+    if (start.image_size, start.response_size) != (n, m):
+        raise ValueError(
+            f"start must be a result of the same operator, with N = {n} and M = {m}, got {start.image_size} and "
+            f"{start.response_size}"
+        )
+    allowed, noise = tol * start.lambda_max_bounds[0], start.noise * start.lambda_max_bounds[0]
+    holds = start.converged & (start.residual_norms + noise * min(1, 4 / n**0.5) <= allowed)
+    together = np.cumsum(start.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
+    null = start.converged & ((together**0.5 + start.noise * start.lambda_max_bounds[0] ** 0.5) ** 2 <= allowed)
+    from_top = start.eigenindex == np.arange(len(start.eigenindex))
+    wanted = [k if which in (end, "both") else 0 for end in ("largest", "smallest")]
+    counts = [
+        min(wanted[0], int(np.logical_and.accumulate(holds[from_top]).sum())),
+        min(wanted[1], int(np.logical_and.accumulate((holds | null)[~from_top][::-1]).sum())),
+    ]
+    missing = [w - c for w, c in zip(wanted, counts, strict=True)]
+    if all(missing):
+        counts = [min(counts)] * 2
+        missing = [k - c for c in counts]
+    ends = "both" if all(missing) else "largest" if missing[0] else "smallest"
+    vectors = start.eigenvectors
+    return (vectors[:, : counts[0]], vectors[:, vectors.shape[1] - counts[1] :]), max(missing), ends
 
 
 def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
