@@ -204,7 +204,7 @@ def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] 
     Parameters
     ----------
     results : EigenResult or sequence of EigenResult
-        A colour each; of several the indices are relative to N − 1.
+        A colour each. Where their N differ, indices are drawn relative to N − 1.
     names : sequence of str, optional
         For the legend, by default the method.
 
@@ -223,14 +223,15 @@ def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] 
         raise ValueError(f"results must hold at least one, and names one each, got {len(results)}, {len(names)}")
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     ax = figure.subplots()
-    several, last, titles = len(results) > 1, results[0].image_size - 1, []
+    last, titles = results[0].image_size - 1, []
+    relative = len({result.image_size for result in results}) > 1
     for number, (result, name) in enumerate(zip(results, names, strict=True)):
-        x = result.eigenindex / max(result.image_size - 1, 1) if several else result.eigenindex
-        _draw_spectrum(ax, result, x, f"C{number}", f"{name}, " if several else "")
+        x = result.eigenindex / max(result.image_size - 1, 1) if relative else result.eigenindex
+        _draw_spectrum(ax, result, x, f"C{number}", f"{name}, " if len(results) > 1 else "")
         titles.append(f"{name}: {len(result.eigenvalues)} eigenvalues, {result.n_products:g} products")
     ax.set_yscale("log")
-    ax.set_xlim(*((-0.03, 1.03) if several else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
-    ax.set_xlabel("eigenindex / (N − 1)" if several else f"eigenindex (0 … {last})")
+    ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
+    ax.set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
     ax.set_ylabel("eigenvalue of F, bars: residual")
     ax.set_title("\n".join(titles), fontsize=10)
     ax.legend(fontsize=8)

@@ -308,6 +308,9 @@ def test_the_next_pairs(which, q, seed):
     assert np.array_equal(result.eigenindex, at_once.eigenindex)
     np.testing.assert_allclose(result.eigenvalues, at_once.eigenvalues, atol=2e-5)
     assert "no direction beyond these" in result.ground
+    assert (
+        result.lambda_max_bounds[1] == np.inf and result.lambda_min_bounds[0] == 0
+    )  # nothing holds beyond those given
 
 
 def test_vectors_set_aside_that_are_not_extreme_are_found_out():

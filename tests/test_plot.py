@@ -171,16 +171,18 @@ def test_what_imshow_refuses(shape, arguments, error, message):
 
 
 def test_spectra_of_several_results(tmp_path):
-    eds = ed_of((6, 10)), ed_of((1, 3, 4, 5), which="largest")
-    figure = plot.spectrum([ed.result for ed in eds], names=["grey", "colour"])
-    figure.savefig(tmp_path / "figure.png")
-    (ax,) = figure.axes
-    drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
-    assert set(drawn) == {"grey, eigenpair", "grey, null to tol", "colour, eigenpair"}
-    np.testing.assert_allclose(drawn["grey, null to tol"][:, 0], [58 / 59, 1])
-    np.testing.assert_allclose(drawn["colour, eigenpair"], np.c_[[0, 1 / 59], eds[1].result.eigenvalues])
-    assert ax.get_xlabel() == "eigenindex / (N − 1)" and ax.get_title().count("eigenvalues") == 2
-    for arguments in (([],), ([eds[0].result], ["a", "b"])):
+    one = ed_of((6, 10)).result
+    other = Eigendistortion(torch.ones(1, 3).double(), lambda x: 2 * x).synthesize("exact", progress=False).result
+    for results, places, label in (([one, one], [58, 59], "(0 … 59)"), ([one, other], [58 / 59, 1], "/ (N − 1)")):
+        figure = plot.spectrum(results, names=["first", "second"])
+        figure.savefig(tmp_path / "figure.png")
+        (ax,) = figure.axes
+        assert ax.get_xlabel() == f"eigenindex {label}" and ax.get_title().count("eigenvalues") == 2
+        drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
+        np.testing.assert_allclose(drawn["first, null to tol"][:, 0], places)
+    assert set(drawn) == {"first, eigenpair", "first, null to tol", "second, eigenpair"}
+    np.testing.assert_allclose(drawn["second, eigenpair"], [[0, 4], [0.5, 4], [1, 4]])
+    for arguments in (([],), ([one], ["a", "b"])):
         with pytest.raises(ValueError, match="results must hold at least one, and names one each, got"):
             plot.spectrum(*arguments)
 
