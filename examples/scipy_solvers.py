@@ -85,12 +85,9 @@ x, _, iterations, *_ = lsmr(J, J @ change, atol=1e-10, btol=1e-10, maxiter=2000)
 unnoticed = change - x
 noticed = x * np.linalg.norm(unnoticed) / np.linalg.norm(x)
 norms = [np.linalg.norm(v) for v in (change, unnoticed, J @ unnoticed, J @ noticed)]
-print(
-    f"\nlsmr, J {J.shape[0]} × {J.shape[1]}, {iterations} iterations: of a change of norm {norms[0]:.3g}, {norms[1]:.3g}"
-)
-print(
-    f"is in the null space of J, and moves the response by {norms[2]:.0e}; the rest, at the same norm, by {norms[3]:.2g}."
-)
+print(f"\nlsmr, J {J.shape[0]} × {J.shape[1]}, {iterations} iterations: of a change of norm {norms[0]:.3g}, a part of")
+print(f"norm {norms[1]:.3g} is in the null space of J, and moves the response by {norms[2]:.0e}; the rest, at the")
+print(f"same norm, by {norms[3]:.2g}.")
 
 # %% PyLops, where it is installed, has solvers of its own
 if importlib.util.find_spec("pylops"):
