@@ -77,10 +77,12 @@ def problems() -> dict[str, Callable[[], tuple[Tensor, nn.Module, NDArray | None
     return found
 
 
-def judge(operator: FisherOperator, vectors: NDArray) -> NDArray:
-    """Rayleigh quotients of F in float64, of vectors by whoever found them: the independent word."""
+def judge(operator: FisherOperator, vectors: NDArray) -> tuple[NDArray, NDArray]:
+    """Rayleigh quotients of F, and residuals, in float64, of vectors by whoever found them: the independent word."""
     v = np.linalg.qr(np.asarray(vectors, dtype=np.float64))[0]
-    return np.sort(np.linalg.svd(operator.jacobian.matmat(v), compute_uv=False) ** 2)[::-1]
+    u, sigma, rotation = np.linalg.svd(operator.jacobian.matmat(v), full_matrices=False)
+    residuals = operator.jacobian.rmatmat(u * sigma) - v @ rotation.T * sigma**2
+    return sigma**2, np.linalg.norm(residuals, axis=0)
 
 
 class OutOfTimeError(Exception):
@@ -169,8 +171,10 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("both_ends.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = "problem|k|tol|method|products|seconds|error of the top|λ of the bottom|error of the bottom|outcome"
-    print("Errors, and λ, of the worst of k pairs, are relative to λ_max.\n")
+    columns = (
+        "problem|k|tol|method|products|seconds|error of the top|λ of the bottom|error of the bottom|residuals|outcome"
+    )
+    print("Errors, λ and residuals, of the worst of k pairs, are relative to λ_max.\n")
     print(f"| {columns.replace('|', ' | ')} |")
     print("|---" * (columns.count("|") + 1) + "|")
     rows = []
@@ -189,7 +193,10 @@ def main() -> None:
                     if method in PLENOPTIC and tol != options.tol[0]:
                         continue
                     row, top, bottom = run(method, image, model, k, tol, options.limit)
-                    high, low = (judge(exact, v) / truth[0] for v in (top, bottom))
+                    (high, top_residuals), (low, bottom_residuals) = (judge(exact, v) for v in (top, bottom))
+                    high, low = high / truth[0], low / truth[0]
+                    residuals = [float(r.max(initial=0.0) / truth[0]) for r in (top_residuals, bottom_residuals)]
+                    row |= {"residuals": residuals}
                     row |= {"problem": name, "k": k, "tol": tol, "method": method}
                     row["top_error"] = float(np.abs(high - truth[: len(high)] / truth[0]).max(initial=0.0))
                     row["bottom"] = float(low.max()) if len(low) else None
@@ -200,7 +207,8 @@ def main() -> None:
                     low_text = f"{row['bottom']:.2e} | {row['bottom_error']:.0e}" if len(low) else " | "
                     print(
                         f"| {name} | {k} | {tol:.0e} | {method} | {row['products']:g} | {row['seconds']:.2f} "
-                        f"| {row['top_error']:.0e} | {low_text} | {row['outcome']} |",
+                        f"| {row['top_error']:.0e} | {low_text} | {residuals[0]:.0e}, {residuals[1]:.0e} "
+                        f"| {row['outcome']} |",
                         flush=True,
                     )
                     options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))

@@ -14,5 +14,5 @@ most, least = ed.eigenvalues
 print(f"\nThe least noticeable distortion must be {(most / least).sqrt():.1f} times as large as the most noticeable")
 print("to change the model's response by as much.")
 
-fisherop.plot.eigendistortions(ed).savefig("quickstart.png", dpi=150)
+fisherop.plot.eigendistortions(ed).savefig("quickstart.png")
 print("Figure: quickstart.png")
