@@ -1,5 +1,8 @@
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -325,6 +328,40 @@ def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         linear().synthesize(rng=0, progress=False).save(saved)
     assert saved.read_bytes() == old and list(saved.parent.iterdir()) == [saved]
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np, torch
+from fisherop import Eigendistortion
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(file, **arrays):
+    whole(file, **arrays)
+    file.truncate(file.tell() // 2)
+    kill()
+
+path, where = sys.argv[1:]
+whole = np.savez
+ed = Eigendistortion(torch.ones(1, 24).double(), lambda x: 2 * x).synthesize("exact", progress=False)
+np.savez, os.fsync, os.replace = (f if where == name else g for name, f, g in (
+    ("savez", half, np.savez), ("fsync", kill, os.fsync), ("replace", kill, os.replace)))
+ed.save(path)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no other system has SIGKILL")
+@pytest.mark.parametrize("where", ["savez", "fsync", "replace"])
+def test_a_kill_while_saving_leaves_the_old_file(saved, where):
+    old = saved.read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(saved), where], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert saved.read_bytes() == old
+    linear().load(saved)
+    linear().synthesize(rng=0, progress=False).save(saved)
+    linear().load(saved)
 
 
 @given(

@@ -1,6 +1,7 @@
 """The order of imports, and everything that the README and the examples promise to run."""
 
 import ast
+import importlib
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
@@ -77,6 +79,27 @@ def test_examples(path, tmp_path):
     if path.name == "quickstart.py":
         assert "eigenpairs of F (9216 × 9216), J is 18432 × 9216" in out
         assert len(re.findall(r"^ +\d+ .* eigenpair$", out, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize(("name", "own"), [("resnet18", "ResNet18"), ("vgg16", "VGG16Features")])
+def test_networks_take_the_weights_of_torchvision(name, own, monkeypatch):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is an optional neighbour")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    models = importlib.import_module("models")
+    theirs, ours = getattr(torchvision.models, name)().eval(), getattr(models, own)().eval()
+    state = {key: value for key, value in theirs.state_dict().items() if own == "ResNet18" or "features" in key}
+    ours.load_state_dict(state)
+    image = torch.rand(1, 3, 64, 64)
+    expected = theirs(image) if own == "ResNet18" else theirs.features(image)
+    assert torch.equal(ours(image), expected)
+
+
+def test_networks_have_the_published_size(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    models = importlib.import_module("models")
+    sizes = {own: sum(p.numel() for p in getattr(models, own)().parameters()) for own in ("ResNet18", "VGG16Features")}
+    assert sizes == {"ResNet18": 11_689_512, "VGG16Features": 14_714_688}
+    assert models.ResNet18().eval()(torch.rand(1, 3, 40, 40)).shape == (1, 1000)
 
 
 def test_readme_code(tmp_path):
