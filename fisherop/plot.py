@@ -129,16 +129,18 @@ def eigendistortions(
     limits = value_range([image], vrange)
     if scale is None:
         scale = 0.05 * (limits[1] - limits[0]) * image.size**0.5
-    sum_title = f"image + {scale:.3g} × distortion\n(RMS {scale / image.size**0.5:.2g})"
+    rms = scale / image.size**0.5
     rows = []
     for i in indices:
         peak = float(np.abs(distortions[i]).max())
-        title = f"eigendistortion {ed.result.eigenindex[i]}, λ = {values[i]:.3g}\n{describe((-peak, peak))}"
+        name = f"eigendistortion {ed.result.eigenindex[i]}"
+        alone = f"{name}\nλ = {values[i]:.3g}, {describe((-peak, peak))}"
+        added = f"image + {scale:.3g} × {name} (RMS {rms:.2g})\nλ = {values[i]:.3g}, {describe(limits)}"
         rows.append(
             [
                 Panel(image, limits, f"image\n{describe(limits)}"),
-                Panel(distortions[i], (-peak, peak), title),
-                Panel(image + scale * distortions[i], limits, sum_title),
+                Panel(distortions[i], (-peak, peak), alone),
+                Panel(image + scale * distortions[i], limits, added),
             ]
         )
     return draw(rows, zoom=zoom)
@@ -190,7 +192,8 @@ def compare(
     for ed, name, (image, distortions) in zip(eds, names, pictures, strict=True):
         row = [Panel(image, limits, f"{name}\n{describe(limits)}")]
         for i, which in ((0, "most"), (-1, "least")):
-            title = f"+ {scale:.3g} × {which}, index {ed.result.eigenindex[i]}\nλ = {ed.result.eigenvalues[i]:.3g}"
+            title = f"+ {scale:.3g} × {which} noticeable (index {ed.result.eigenindex[i]})\n"
+            title += f"λ = {ed.result.eigenvalues[i]:.3g}, {describe(limits)}"
             row.append(Panel(image + scale * distortions[i], limits, title))
         rows.append(row)
     return draw(rows, zoom=zoom)

@@ -32,9 +32,12 @@ def test_grey_panels_show_what_they_say(tmp_path):
         np.testing.assert_allclose(row[2], np.clip(image + 2 * distortion, 0, 1))
     titles = [ax.get_title() for ax in panels(figure)]
     peak = np.abs(first).max()
-    assert titles[1] == f"eigendistortion 0, λ = 9\nblack {-peak:.3g}, white {peak:.3g}"
-    assert titles[4].startswith("eigendistortion 59, λ = ")
-    assert titles[2].startswith("image + 2 × distortion") and titles[0] == "image\nblack 0, white 1"
+    assert titles[1] == f"eigendistortion 0\nλ = 9, black {-peak:.3g}, white {peak:.3g}"
+    assert titles[4].startswith("eigendistortion 59\nλ = ")
+    assert (
+        titles[2] == "image + 2 × eigendistortion 0 (RMS 0.26)\nλ = 9, black 0, white 1"
+        and titles[0] == "image\nblack 0, white 1"
+    )
     figure.savefig(tmp_path / "figure.png")
 
 
@@ -51,7 +54,7 @@ def test_a_colour_distortion_is_centred_on_mid_grey(tmp_path):
 def test_range_and_scale_follow_the_image():
     figure = plot.eigendistortions(ed_of((6, 10), -3, 5))
     assert panels(figure)[0].get_title() == "image\nblack -3, white 5"
-    assert panels(figure)[2].get_title().endswith("(RMS 0.4)")
+    assert "(RMS 0.4)\n" in panels(figure)[2].get_title()
     shown = np.asarray(panels(plot.eigendistortions(ed_of((6, 10)), vrange=(0.2, 0.8)))[0].images[0].get_array())
     assert shown.min() == 0 and shown.max() == 1
 
@@ -242,9 +245,12 @@ def test_comparisons_share_one_scale(tmp_path):
             np.testing.assert_allclose(panel.reshape(expected.shape), expected, atol=1e-12)
     titles = [ax.get_title() for ax in panels(figure)]
     assert titles[0] == "grey\nblack 0.2, white 1.8" and titles[3].startswith("colour\n")
-    assert titles[1] == "+ 2 × most, index 0\nλ = 9" and titles[2].startswith("+ 2 × least, index 59\nλ = ")
+    assert titles[1] == "+ 2 × most noticeable (index 0)\nλ = 9, black 0.2, white 1.8"
+    assert titles[2].startswith("+ 2 × least noticeable (index 59)\nλ = ")
     assert panels(plot.compare(eds[:1]))[0].get_title() == "function\nblack 0, white 1"
-    assert panels(plot.compare(eds[:1]))[1].get_title().startswith(f"+ {0.05 * 60**0.5:.3g} × most")
+    assert (
+        panels(plot.compare(eds[:1]))[1].get_title().startswith(f"+ {0.05 * 60**0.5:.3g} × most noticeable (index 0)\n")
+    )
 
 
 def test_what_cannot_be_compared():

@@ -340,6 +340,7 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
             f"rounding alone gives residuals of {result.noise:.1e} λ_max; use a float64 image and model, or a "
             "larger tol"
         )
+        advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
     else:
         other = "another method" if result.method == "golub_kahan" else "method='golub_kahan'"
         advice = f"raise maxiter, accept a larger tol, or use {other}"
