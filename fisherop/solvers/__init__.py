@@ -115,37 +115,31 @@ def eigenpairs(
     aim = 0.95 * tol
     if solver is not golub_kahan:
         aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
-    kept = np.empty((n, 0)), np.empty((n, 0))
-    missing, ends = k, which
+    known = None
     if start is not None and solver is golub_kahan:
-        if options.keys() & {"v0", "orthogonal_to"}:
-            raise ValueError("start already says where to begin: leave out v0 and orthogonal_to")
-        kept, missing, ends = _kept(start, k, which, tol, operator)
-        if not missing and tol == start.tol and len(start.eigenindex) == kept[0].shape[1] + kept[1].shape[1]:
-            return start
-        if kept[0].size or kept[1].size:
-            options["orthogonal_to"] = np.hstack(kept)
+        largest, smallest = _kept(start, k, which, tol, operator)
+        if largest.shape[1] + smallest.shape[1] == k * (1 + (which == "both")):
+            if tol == start.tol and largest.shape[1] + smallest.shape[1] == len(start.eigenindex):
+                return start
+            known = np.hstack([largest, smallest])
+        elif largest.size or smallest.size:
+            options["start"] = largest, smallest
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
         try:
-            if missing:
-                _, vectors, *more = solver(operator, missing, ends, tol=aim, maxiter=maxiter, rng=rng, **options)
-                details = more[0] if more else {}
-                vectors, index = _check_answer(vectors, missing, ends, n, name)
+            if known is not None:
+                vectors, details = known, dict(start.details)
             else:
-                vectors, index, details = np.empty((n, 0)), np.empty(0, dtype=np.intp), dict(start.details)
+                _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
+                details = more[0] if more else {}
+            vectors, index = _check_answer(vectors, k, which, n, name)
         except SolverStopped as error:
             stopped = error
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
         if options.get("orthogonal_to") is not None:
-            if start is None:
-                vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
-            else:
-                top = kept[0].shape[1] + (index == np.arange(len(index))).sum()
-                vectors = np.hstack([kept[0], vectors, kept[1]])
-                index = np.r_[:top, n - (vectors.shape[1] - top) : n]
+            vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
             for claim in ("ground", "lambda_min_lower", "lambda_max_upper"):  # which hold in the complement alone
                 details.pop(claim, None)
         # what our own solvers say; all others are examined
@@ -258,10 +252,8 @@ def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, give
     return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
 
 
-def _kept(
-    start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator
-) -> tuple[tuple[NDArray, NDArray], int, str]:
-    """The largest and the smallest pairs of a result that hold at `tol`; how many are missing, and at which ends.
+def _kept(start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator) -> tuple[NDArray, NDArray]:
+    """The largest and the smallest vectors of a result that hold at `tol`, at most k each.
 
     What is missing at both ends must be as many at each: where it isn't, fewer are kept.
     """
@@ -281,13 +273,10 @@ def _kept(
         min(wanted[0], int(np.logical_and.accumulate(holds[from_top]).sum())),
         min(wanted[1], int(np.logical_and.accumulate((holds | null)[~from_top][::-1]).sum())),
     ]
-    missing = [w - c for w, c in zip(wanted, counts, strict=True)]
-    if all(missing):
+    if counts[0] < wanted[0] and counts[1] < wanted[1]:
         counts = [min(counts)] * 2
-        missing = [k - c for c in counts]
-    ends = "both" if all(missing) else "largest" if missing[0] else "smallest"
     vectors = start.eigenvectors
-    return (vectors[:, : counts[0]], vectors[:, vectors.shape[1] - counts[1] :]), max(missing), ends
+    return vectors[:, : counts[0]], vectors[:, vectors.shape[1] - counts[1] :]
 
 
 def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
