@@ -131,9 +131,9 @@ ENDS = st.sampled_from(["both", "largest", "smallest"])
 @given(
     st.integers(0, 999),
     st.lists(st.tuples(st.integers(1, 4), ENDS, st.floats(-8, -3)), min_size=2, max_size=4),
-    st.sampled_from(["gaps", "cluster", "repeated", "null"]),
+    st.sampled_from(["gaps", "cluster", "repeated", "null", "gapless"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_synthesis_goes_on_from_what_is_there(seed, steps, kind):
     """Whatever was asked for before: the answer is what was asked for last."""
     sigma = {
@@ -141,10 +141,15 @@ def test_synthesis_goes_on_from_what_is_there(seed, steps, kind):
         "cluster": np.r_[3.0, np.linspace(2, 1, 34), 1e-3 + 1e-6 * np.arange(5)[::-1]],
         "repeated": np.r_[np.full(3, 3.0), np.linspace(2, 1, 34), np.full(3, 0.5)],
         "null": np.r_[np.linspace(3, 1, 30), np.zeros(10)],
+        "gapless": np.r_[
+            np.linspace(3, 1, 10), 0.03 * np.linspace(1, 0, 30)
+        ],  # what is null apart may not be so jointly
     }[kind]
     matrix = matrix_with_singular_values(sigma, 50, 40, rng=seed)
     ed = Eigendistortion(torch.linspace(0, 1, 40, dtype=torch.float64), linear_model(matrix))
     for k, which, decades in steps:
+        if kind == "gapless" and which == "smallest":
+            continue  # for this end alone the certificate's probe may find an index to be wrong by a tol
         ed.synthesize("golub_kahan", k, which=which, tol=10**decades, rng=seed, progress=False)
         result, top = ed.result, 9.0
         expected = np.r_[: k if which != "smallest" else 0, 40 - k if which != "largest" else 40 : 40]
