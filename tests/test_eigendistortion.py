@@ -10,6 +10,7 @@ import torch
 from helpers import DEVICES, DTYPES, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fisherop import ConvergenceError, Eigendistortion, eigenpairs
 from fisherop.eigendistortion import _fingerprint
@@ -175,6 +176,22 @@ def test_what_holds_costs_no_search():
     before = ed.operator.n_products
     ed.synthesize(k=2, rng=1, v0=first.eigenvectors, progress=False)  # which says where to begin
     assert ed.operator.n_products - before > 40
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_what_is_null_apart_becomes_null_jointly(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [0.1 * torch.randn(shape, generator=generator) for shape in ((8, 3, 5, 5), (16, 8, 3, 3))]
+
+    def model(x):
+        for weight, stride in zip(weights, (2, 1), strict=True):
+            x = nn.functional.softplus(nn.functional.conv2d(x, weight, stride=stride))
+        return x
+
+    ed = Eigendistortion(torch.rand(1, 3, 20, 20, generator=generator), model)
+    ed.synthesize("golub_kahan", tol=1e-5, rng=seed, progress=False)
+    ed.synthesize("golub_kahan", k=3, tol=1e-5, rng=seed, progress=False)
+    assert ed.result.converged.all() and "start" not in ed.result.details  # it did not begin anew
 
 
 def test_a_start_must_belong_to_the_operator():
