@@ -194,6 +194,18 @@ def test_what_is_null_apart_becomes_null_jointly(seed):
     assert ed.result.converged.all() and "start" not in ed.result.details  # it did not begin anew
 
 
+def test_going_on_that_is_stopped_holds_what_was_there():
+    matrix = matrix_with_singular_values(np.linspace(3, 1, 300), 320, 300)
+    ed = Eigendistortion(torch.linspace(0, 1, 300, dtype=torch.float64), linear_model(matrix))
+    before = ed.synthesize("golub_kahan", rng=0, progress=False).result
+    with pytest.raises(ConvergenceError, match="golub_kahan took 3 steps") as caught:
+        ed.synthesize("golub_kahan", k=2, max_iter=3, rng=0, progress=False)
+    partial = caught.value.result
+    assert ed.result is before and partial.eigenindex.tolist() == [0, 1, 298, 299]
+    assert partial.converged.tolist() == [True, False, False, True]
+    np.testing.assert_allclose(partial.eigenvalues[[0, -1]], before.eigenvalues, rtol=1e-5)
+
+
 def test_a_start_must_belong_to_the_operator():
     one, other = linear(), Eigendistortion(torch.ones(10).double(), lambda x: 2 * x)
     start = one.synthesize("golub_kahan", rng=0, progress=False).result
