@@ -211,7 +211,7 @@ def test_a_start_must_belong_to_the_operator():
     start = one.synthesize("golub_kahan", rng=0, progress=False).result
     with pytest.raises(ValueError, match="start must be a result of the same operator, with N = 10 and M = 10, got 24"):
         eigenpairs(other.operator, method="golub_kahan", start=start)
-    with pytest.raises(ValueError, match="v0, orthogonal_to and start each say where to begin: give one"):
+    with pytest.raises(ValueError, match="start says where to begin: leave out v0 and orthogonal_to"):
         eigenpairs(one.operator, 2, method="golub_kahan", start=start, v0=np.ones(24))
 
 

@@ -86,7 +86,7 @@ def golub_kahan(
         Not converged in `maxiter` steps, or interrupted from the keyboard; it carries the Ritz vectors.
     ValueError
         `max_basis` or `basis_memory` is too small, or `v0`, `orthogonal_to` or `start` has another shape than these, or
-        two of them are given.
+        `start` is given with another of them.
 
     References
     ----------
@@ -104,8 +104,8 @@ def golub_kahan(
     """
     m, n = operator.jacobian.shape
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
-    if sum(x is not None for x in (v0, orthogonal_to, start)) > 1:
-        raise ValueError("v0, orthogonal_to and start each say where to begin: give one of them")
+    if start is not None and (v0 is not None or orthogonal_to is not None):
+        raise ValueError("start says where to begin: leave out v0 and orthogonal_to")
     v0 = None if v0 is None else _columns(v0, "v0", n)
     name, given = "orthogonal_to", np.empty((n, 0))
     if orthogonal_to is not None:
