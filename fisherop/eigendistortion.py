@@ -86,9 +86,8 @@ class Eigendistortion:
     ) -> Eigendistortion:
         """Find the eigendistortions.
 
-        Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it goes on from what is
-        there: distortions that hold at the new `tol` are kept, and what is missing is searched in their complement.
-        This keeps the distortions, more than it saves products; a new object begins from scratch.
+        Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it searches nothing
+        where what is there holds all that is asked for, at a larger tol or for fewer; a new object begins anew.
 
         Parameters
         ----------

@@ -7,9 +7,10 @@ installed for those alone. ``docs/from_plenoptic.md`` says what differs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -110,8 +111,8 @@ def display_eigendistortion_all(
     ValueError
         One of these eigendistortions has not been synthesized, `alpha` has another length, or as in `imshow`.
     """
-    indices = list(eigenindex) if isinstance(eigenindex, Iterable) else [eigenindex]
-    alphas = list(alpha) if isinstance(alpha, Iterable) else [alpha] * len(indices)
+    indices = np.atleast_1d(eigenindex).tolist()
+    alphas = np.atleast_1d(alpha).tolist() if np.ndim(alpha) else [float(alpha)] * len(indices)
     if len(alphas) != len(indices):
         raise ValueError(f"alpha must be one number, or one for each of {indices}, got {alpha!r}")
     show = _Shown(eigendistortion, process_image, process_distortion, as_rgb, channel_idx, vrange)
@@ -132,7 +133,7 @@ def eigendistortion_imshow_all(
     **kwargs: Any,
 ) -> Figure:
     """`display_eigendistortion_all` as plenoptic 2 calls it: `eigenindex` is the position among those found."""
-    positions = list(eigenindex) if isinstance(eigenindex, Iterable) else [eigenindex]
+    positions = np.atleast_1d(eigenindex).tolist()
     found = [] if eigendistortion.result is None else eigendistortion.result.eigenindex.tolist()
     if found and not all(-len(found) <= i < len(found) for i in positions):
         raise ValueError(f"eigenindex holds positions among the {len(found)} eigendistortions found, got {positions}")
@@ -215,6 +216,8 @@ class _Namespace:
         vars(self).update(own, _path=path)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(_module(self._path), name)
 
 

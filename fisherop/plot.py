@@ -361,6 +361,8 @@ def draw(
     if zoom != round(zoom) or zoom < 1:
         raise ValueError(f"zoom must be a whole number from 1, got {zoom}: crop the image where it is too large")
     zoom = int(zoom)
+    width = max(len(row) for row in rows)
+    rows = [[*row, *[None] * (width - len(row))] for row in rows]
     figure = Figure() if figure is None else figure
     figure.set_dpi(_DPI)
     sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]

@@ -73,6 +73,14 @@ def test_channels():
     np.testing.assert_allclose(shown(figure)[0], ed.image[0, 2].numpy())
 
 
+def test_what_is_processed_to_other_channels_and_numbers_as_tensors():
+    ed = ed_of((1, 3, 4, 5))
+    figure = po.display_eigendistortion_all(
+        ed, ed.eigenindex[0], torch.tensor(2.0), lambda x: x.mean(1, keepdim=True), as_rgb=False
+    )
+    assert len(figure.axes) == 3 + 2 and titles(figure)[-1].startswith("image + 2 × eigendistortion 0")
+
+
 def test_processing_acts_on_what_is_shown():
     ed = ed_of((1, 3, 4, 5), -1, 1)
     image, vectors = ed.image.clone(), ed.result.eigenvectors.copy()

@@ -83,8 +83,8 @@ def eigenpairs(
     on_failure : {"raise", "warn"}
         What happens when a pair did not converge.
     start : EigenResult, optional
-        Of the same operator. ``"golub_kahan"`` keeps those of its pairs that hold at `tol`, and searches what is
-        missing in their complement; other methods begin anew. What holds in full is returned as it is.
+        Of the same operator. Where it holds all that is asked for at `tol`, ``"golub_kahan"`` searches nothing: it
+        certifies these pairs, or returns the result as it is. Otherwise, and for other methods, the search begins anew.
     **options
         The solver's own; see there.
 
@@ -122,8 +122,6 @@ def eigenpairs(
             if tol == start.tol and largest.shape[1] + smallest.shape[1] == len(start.eigenindex):
                 return start
             known = np.hstack([largest, smallest])
-        elif largest.size or smallest.size:
-            options["start"] = largest, smallest
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
@@ -154,15 +152,6 @@ def eigenpairs(
             rng=rng,
             ground=ground,
             details=why | details,
-        )
-    if "start" in options and stopped is None and not result.converged.all():
-        # a run from vectors that are given proves less than one from a random vector
-        options = {key: value for key, value in options.items() if key != "start"}
-        keywords = {"method": method, "tol": tol, "maxiter": maxiter, "rng": rng, "progress": progress}
-        result = eigenpairs(operator, k, which, on_failure=on_failure, **keywords, **options)
-        details = {"start": "what it held did not hold beside what was found, so that the search began anew"}
-        return dataclasses.replace(
-            result, n_products=operator.n_products - before, details=dict(result.details) | details
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before)
     if stopped is not None or not result.converged.all():
@@ -262,10 +251,7 @@ def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, give
 
 
 def _kept(start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator) -> tuple[NDArray, NDArray]:
-    """The largest and the smallest vectors of a result that hold at `tol`, at most k each.
-
-    What is missing at both ends must be as many at each: where it isn't, fewer are kept.
-    """
+    """The largest and the smallest vectors of a result that hold at `tol`, at most k each."""
     m, n = operator.jacobian.shape
     if (start.image_size, start.response_size) != (n, m):
         raise ValueError(
@@ -283,8 +269,6 @@ def _kept(start: EigenResult, k: int, which: str, tol: float, operator: FisherOp
         min(wanted[0], int(np.logical_and.accumulate(holds[from_top]).sum())),
         min(wanted[1], int(np.logical_and.accumulate((holds | null)[~from_top][::-1]).sum())),
     ]
-    if counts[0] < wanted[0] and counts[1] < wanted[1]:
-        counts = [min(counts)] * 2
     vectors = start.eigenvectors
     return vectors[:, : counts[0]], vectors[:, vectors.shape[1] - counts[1] :]
 

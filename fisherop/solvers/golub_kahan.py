@@ -35,7 +35,6 @@ def golub_kahan(
     basis_memory: int = 2**30,
     v0: NDArray | None = None,
     orthogonal_to: NDArray | None = None,
-    start: tuple[NDArray, NDArray] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[NDArray, NDArray, dict[str, Any]]:
     """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalisation of J.
@@ -65,9 +64,6 @@ def golub_kahan(
     orthogonal_to : ndarray, shape (N, q), optional
         Eigenvectors found before at the ends asked for, orthonormal: the next k pairs at each end are found.
         `eigenpairs` puts both in its result, and examines them together.
-    start : (ndarray, ndarray), shapes (N, p) and (N, q), optional
-        Eigenvectors found before at the largest and at the smallest end, orthonormal, fewer than k at one of them at
-        least. What is missing is searched in their complement, then all go on together until they have converged.
     callback : callable, optional
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
@@ -85,8 +81,7 @@ def golub_kahan(
     SolverStopped
         Not converged in `maxiter` steps, or interrupted from the keyboard; it carries the Ritz vectors.
     ValueError
-        `max_basis` or `basis_memory` is too small, or `v0`, `orthogonal_to` or `start` has another shape than these, or
-        `start` is given with another of them.
+        `max_basis` or `basis_memory` is too small, or `v0` or `orthogonal_to` has another shape than these.
 
     References
     ----------
@@ -104,23 +99,12 @@ def golub_kahan(
     """
     m, n = operator.jacobian.shape
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
-    if start is not None and (v0 is not None or orthogonal_to is not None):
-        raise ValueError("start says where to begin: leave out v0 and orthogonal_to")
     v0 = None if v0 is None else _columns(v0, "v0", n)
-    name, given = "orthogonal_to", np.empty((n, 0))
-    if orthogonal_to is not None:
-        given = _columns(orthogonal_to, name, n)
-    elif start is not None:
-        name, given = "start", _columns(np.hstack(start), "start", n)
-        top, bottom = top - start[0].shape[1], bottom - start[1].shape[1]
-        if min(top, bottom) < 0 or max(top, bottom) == 0:
-            raise ValueError(
-                f"start must leave some of the k={k} vectors to be found at an end, and have no more than k"
-            )
+    given = np.empty((n, 0)) if orthogonal_to is None else _columns(orthogonal_to, "orthogonal_to", n)
     deviation = np.abs(given.T @ given - np.eye(given.shape[1])).max(initial=0.0)
     if deviation > 1000 * np.finfo(operator.dtype).eps or given.shape[1] + top + bottom > n:
         raise ValueError(
-            f"{name} must have at most N - {top + bottom} = {n - top - bottom} orthonormal columns, got "
+            f"orthogonal_to must have at most N - {top + bottom} = {n - top - bottom} orthonormal columns, got "
             f"{given.shape[1]} that deviate from orthonormality by {deviation:.1g}: use numpy.linalg.qr"
         )
     capacity = _capacity(n - given.shape[1], k, operator.dtype.itemsize, max_basis, basis_memory)
@@ -129,14 +113,9 @@ def golub_kahan(
         rng = _independent(rng, given, v0)
     rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
     search = _Search(lin, rows, top, bottom, tol, rng, capacity, maxiter or 10_000, callback)
-    if start is not None:
-        search.known = rows[: start[0].shape[1]], rows[start[0].shape[1] :]
     try:
-        missing = max(top, bottom)
-        search.find(missing if bottom and n - m - len(rows) >= missing else 1, v0)
+        search.find(k if bottom and n - m - len(rows) >= k else 1, v0)
         search.look_for_missed()
-        if start is not None:
-            search.go_on_together()
     except KeyboardInterrupt:
         message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
         raise SolverStopped(message, *search.partial()) from None
@@ -348,7 +327,6 @@ class _Search:
         self.rng, self.capacity, self.maxiter, self.callback = rng, capacity, maxiter, callback
         self.space = _Space(linearization, given, capacity, 0.0)
         self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
-        self.known: tuple[Tensor, Tensor] | None = None  # largest and smallest, descending, that will join those found
         self.history: list[dict[str, Any]] = []
         self.restarts = self.probes = self.n_steps = self.next_check = 0
         self.random: Tensor | None = None  # the random start, if there was one
@@ -394,19 +372,6 @@ class _Search:
                 space.begin(self.given)
                 space.append(self.found[2])
                 self._run()
-
-    def go_on_together(self) -> None:
-        """With what was known before: each has converged in the complement of the others, not beside them."""
-        largest, smallest = self.known
-        rows = torch.cat([smallest.flip(0), self.found[2], largest.flip(0)])
-        self.top, self.bottom, self.known = self.top + len(largest), self.bottom + len(smallest), None
-        self.k, self.n, self.given = max(self.top, self.bottom), self.lin.image_size, rows[:0]
-        self.found = np.zeros(len(rows)), np.zeros(len(rows)), rows
-        self.space.begin()
-        self.space.append(rows)
-        self._run()
-        self.random = self.bounds = self.nullity = None  # which were of the complement alone
-        self.chance = np.nan
 
     def _run(self) -> None:
         """Go on until the wanted pairs have converged."""
@@ -611,19 +576,6 @@ class _Search:
 
     def answer(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
         theta, _, rows = self.found
-        details: dict[str, Any] = {"restarts": self.restarts, "history": self.history}
-        if not np.isnan(self.chance):
-            details["ground"] = self._ground()
-        if self.nullity is not None:
-            details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
-                *self.nullity
-            )
-        if self.bounds is not None:
-            details["ground"] += "; the outer bounds of λ_min and λ_max hold with probability 0.998"
-            details["lambda_min_lower"], details["lambda_max_upper"] = (self.space.scale**2 * x for x in self.bounds)
-        return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
-
-    def _ground(self) -> str:
         start = "v0 and a random vector" if self.random is None else f"{len(self.random)} random vectors"
         ground = f"extreme Ritz pairs of a Krylov space from {start.replace('1 random vectors', 'a random vector')}"
         if self.probes:
@@ -632,7 +584,15 @@ class _Search:
             ground += (
                 f"; an eigenvalue more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
             )
-        return ground
+        details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
+        if self.nullity is not None:
+            details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
+                *self.nullity
+            )
+        if self.bounds is not None:
+            details["ground"] += "; the outer bounds of λ_min and λ_max hold with probability 0.998"
+            details["lambda_min_lower"], details["lambda_max_upper"] = (self.space.scale**2 * x for x in self.bounds)
+        return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
 
     def partial(self) -> tuple[NDArray, NDArray]:
         """What there is, largest and smallest, columns by descending value."""
@@ -643,11 +603,7 @@ class _Search:
             rows = self.found[2]
         vectors = rows.flip(0).T.cpu().numpy()
         top = min(self.top, vectors.shape[1])
-        largest, smallest = vectors[:, :top], vectors[:, top:]
-        if self.known is not None:
-            above, below = (known.T.cpu().numpy() for known in self.known)
-            largest, smallest = np.hstack([above, largest]), np.hstack([smallest, below])
-        return largest, smallest
+        return vectors[:, :top], vectors[:, top:]
 
 
 def _project(block: Tensor, basis: Tensor) -> None:
