@@ -124,7 +124,7 @@ class Eigendistortion:
             k = self.operator.shape[0] if method == "exact" else 1
         if which is None:
             which = "largest" if method == "randomized_svd" else "both"
-        goes_on = self.result is not None and self.result.method == "golub_kahan" and method in ("auto", "golub_kahan")
+        again = self.result is not None and self.result.method == "golub_kahan" and method in ("auto", "golub_kahan")
         self.result = eigenpairs(
             self.operator,
             k,
@@ -135,7 +135,7 @@ class Eigendistortion:
             rng=rng,
             progress=progress,
             on_failure=on_failure,
-            start=self.result if goes_on and not options.keys() & {"v0", "orthogonal_to"} else None,
+            start=self.result if again and not options.keys() & {"v0", "orthogonal_to"} else None,
             **options,
         )
         return self
@@ -158,8 +158,9 @@ class Eigendistortion:
 
         Raises
         ------
-        TypeError, ValueError
-            As by `torch.Tensor.to` and `linearize`; the object is unchanged.
+        TypeError, ValueError, RuntimeError
+            As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`, or by a model that is no module, is not moved, and
+            can't take the new image; the object is unchanged.
 
         Warns
         -----

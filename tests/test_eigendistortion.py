@@ -134,8 +134,8 @@ ENDS = st.sampled_from(["both", "largest", "smallest"])
     st.sampled_from(["gaps", "cluster", "repeated", "null", "gapless"]),
 )
 @settings(max_examples=80, deadline=None)
-def test_synthesis_goes_on_from_what_is_there(seed, steps, kind):
-    """Whatever was asked for before: the answer is what was asked for last."""
+def test_what_is_asked_for_last_is_the_answer(seed, steps, kind):
+    """Whatever was there before."""
     sigma = {
         "gaps": np.linspace(3, 1, 40),
         "cluster": np.r_[3.0, np.linspace(2, 1, 34), 1e-3 + 1e-6 * np.arange(5)[::-1]],

@@ -117,11 +117,9 @@ def eigenpairs(
         aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
     known = None
     if start is not None and solver is golub_kahan:
-        largest, smallest = _kept(start, k, which, tol, operator)
-        if largest.shape[1] + smallest.shape[1] == k * (1 + (which == "both")):
-            if tol == start.tol and largest.shape[1] + smallest.shape[1] == len(start.eigenindex):
-                return start
-            known = np.hstack([largest, smallest])
+        known = _held(start, k, which, tol, operator)
+        if known is not None and tol == start.tol and known.shape == start.eigenvectors.shape:
+            return start
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
@@ -225,10 +223,14 @@ def _choose(
     return SOLVERS[method], method, why
 
 
-def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:
+def _indices(k: int, which: str, n: int) -> NDArray[np.intp]:
+    """The k first, the k last, or both, of n."""
     top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
-    index = np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
-    vectors = np.asarray(vectors)
+    return np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
+
+
+def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:
+    index, vectors = _indices(k, which, n), np.asarray(vectors)
     if vectors.shape != (n, len(index)):
         raise ValueError(f"solver {name!r} returned vectors of shape {vectors.shape}, not {(n, len(index))}")
     if not np.isfinite(vectors).all():
@@ -250,27 +252,26 @@ def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, give
     return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
 
 
-def _kept(start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator) -> tuple[NDArray, NDArray]:
-    """The largest and the smallest vectors of a result that hold at `tol`, at most k each."""
+def _held(start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator) -> NDArray | None:
+    """The vectors (N, K) that are asked for, where a result has them all and they hold at `tol`."""
     m, n = operator.jacobian.shape
     if (start.image_size, start.response_size) != (n, m):
         raise ValueError(
             f"start must be a result of the same operator, with N = {n} and M = {m}, got {start.image_size} and "
             f"{start.response_size}"
         )
-    allowed, noise = tol * start.lambda_max_bounds[0], start.noise * start.lambda_max_bounds[0]
-    together = np.cumsum(start.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
-    null = (together**0.5 + start.noise * start.lambda_max_bounds[0] ** 0.5) ** 2 <= allowed
-    holds = start.residual_norms + noise * min(1, 4 / n**0.5) <= allowed
-    holds, null = (start.converged & (x | (tol >= start.tol)) for x in (holds, null))
-    from_top = start.eigenindex == np.arange(len(start.eigenindex))
-    wanted = [k if which in (end, "both") else 0 for end in ("largest", "smallest")]
-    counts = [
-        min(wanted[0], int(np.logical_and.accumulate(holds[from_top]).sum())),
-        min(wanted[1], int(np.logical_and.accumulate((holds | null)[~from_top][::-1]).sum())),
-    ]
-    vectors = start.eigenvectors
-    return vectors[:, : counts[0]], vectors[:, vectors.shape[1] - counts[1] :]
+    index = _indices(k, which, n)
+    here = np.isin(start.eigenindex, index)
+    if here.sum() < len(index) or not start.converged[here].all():
+        return None
+    if tol < start.tol:
+        allowed, noise = tol * start.lambda_max_bounds[0], start.noise * start.lambda_max_bounds[0]
+        together = np.cumsum(start.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
+        null = (together**0.5 + start.noise * start.lambda_max_bounds[0] ** 0.5) ** 2 <= allowed
+        holds = start.residual_norms + noise * min(1, 4 / n**0.5) <= allowed
+        if not (holds | null)[here].all():
+            return None
+    return start.eigenvectors[:, here]
 
 
 def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
