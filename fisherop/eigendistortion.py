@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult, Status
-from fisherop.solvers import certify_anew, eigenpairs, progress_bar
+from fisherop.solvers import eigenpairs, progress_bar, transfer
 
 _FORMAT = 1  # of files
 _LIBRARIES = ("fisherop", "torch", "numpy", "scipy")
@@ -63,6 +63,7 @@ class Eigendistortion:
         self.operator = FisherOperator(image, model, **self._products)
         self.model = model
         self.result: EigenResult | None = None
+        self._state: dict[str, Any] = {}  # of the search, to go on from
 
     def __repr__(self) -> str:
         found = "not synthesized" if self.result is None else f"{len(self.result.eigenvalues)} eigendistortions"
@@ -87,7 +88,9 @@ class Eigendistortion:
         """Find the eigendistortions.
 
         Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it searches nothing
-        where what is there holds all that is asked for, at a larger tol or for fewer; a new object begins anew.
+        where what is there holds all that is asked for, at a larger tol or for fewer. Else it goes on from its Krylov
+        basis, for more, for a smaller tol, or after an interrupt or too few iterations; for when it can't, see `state`
+        in `fisherop.solvers.golub_kahan`. A new object begins anew, with its own `rng`.
 
         Parameters
         ----------
@@ -124,7 +127,7 @@ class Eigendistortion:
             k = self.operator.shape[0] if method == "exact" else 1
         if which is None:
             which = "largest" if method == "randomized_svd" else "both"
-        again = self.result is not None and self.result.method == "golub_kahan" and method in ("auto", "golub_kahan")
+        self._state |= {"linearization": self.operator.linearization, "result": self.result}
         self.result = eigenpairs(
             self.operator,
             k,
@@ -135,7 +138,7 @@ class Eigendistortion:
             rng=rng,
             progress=progress,
             on_failure=on_failure,
-            start=self.result if again and not options.keys() & {"v0", "orthogonal_to"} else None,
+            state=self._state,
             **options,
         )
         return self
@@ -174,8 +177,8 @@ class Eigendistortion:
         operator = FisherOperator(image, model, **self._products)
         if self.jacobian is not None:
             operator.jacobian.to_dense()
-        result = None if self.result is None else certify_anew(operator, self.result)
-        self.operator, self.model, self.result = operator, model, result
+        result = None if self.result is None else transfer(operator, self.result)
+        self.operator, self.model, self.result, self._state = operator, model, result, {}
         return self
 
     def compute_jacobian(self, *, progress: bool = True) -> Tensor:

@@ -53,7 +53,8 @@ class EigenResult:
     method : str
         The solver.
     n_products : float
-        Products spent, the certificate's included; one product is one J v plus one Jᵀu.
+        Products spent, the certificate's included, and those of an earlier call that this one goes on from; one product
+        is one J v plus one Jᵀu.
     image_size, response_size : int
         N and M.
     lambda_max_bounds, lambda_min_bounds : (float, float)
@@ -133,10 +134,13 @@ class ConvergenceError(RuntimeError):
 class SolverStopped(RuntimeError):
     """Raised by a solver that can't go on; carries what it has, columns (N, k') by descending eigenvalue."""
 
-    def __init__(self, message: str, largest: NDArray, smallest: NDArray) -> None:
-        super().__init__(message, largest, smallest)
+    def __init__(
+        self, message: str, largest: NDArray, smallest: NDArray, details: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, largest, smallest, details)
         self.largest = largest
         self.smallest = smallest
+        self.details = dict(details or {})
 
     def __str__(self) -> str:
         return self.args[0]
@@ -171,7 +175,7 @@ def certify(
         Relative to λ_max, in whose place stands a Rayleigh quotient: at most λ_max, it makes each inequality stricter.
     probe : int
         Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
-        shows that its index is wrong. Without them λ_max is known from `vectors` alone.
+        by more than 2 tol λ_max shows that its index is wrong. Without them λ_max is known from `vectors` alone.
     rng : int or Generator, optional
         For the probe.
     method, ground, details
@@ -367,13 +371,13 @@ def _status(
         first_null -= 1
     is_null = np.arange(len(index)) >= first_null
 
-    slack = (tol + 2 * noise) * scale
+    slack = 2 * (tol + noise) * scale  # an index is claimed to no more
     from_top = index == np.arange(len(index))
     from_bottom = index == np.arange(n - len(index), n)
     beyond = (
         (from_top & (values < high - slack))
         | (from_bottom & (values > low + slack))
-        | ((index >= m) & (values > slack))
+        | ((index >= m) & (values > (tol + 2 * noise) * scale))  # zero, since M < N
     )
 
     status = np.full(len(index), Status.UNCONVERGED, dtype=object)

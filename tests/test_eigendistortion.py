@@ -148,8 +148,6 @@ def test_what_is_asked_for_last_is_the_answer(seed, steps, kind):
     matrix = matrix_with_singular_values(sigma, 50, 40, rng=seed)
     ed = Eigendistortion(torch.linspace(0, 1, 40, dtype=torch.float64), linear_model(matrix))
     for k, which, decades in steps:
-        if kind == "gapless" and which == "smallest":
-            continue  # for this end alone the certificate's probe may find an index to be wrong by a tol
         ed.synthesize("golub_kahan", k, which=which, tol=10**decades, rng=seed, progress=False)
         result, top = ed.result, 9.0
         expected = np.r_[: k if which != "smallest" else 0, 40 - k if which != "largest" else 40 : 40]
@@ -165,23 +163,14 @@ def test_what_holds_costs_no_search():
     first = ed.synthesize(k=2, rng=0, progress=False).result
     assert first.method == "golub_kahan"
     for arguments in ({"k": 1}, {"k": 2, "tol": 1e-4}, {"k": 2, "which": "smallest", "tol": 1e-6}):
-        ed.result = first
-        assert (
-            ed.synthesize(rng=1, progress=False, **arguments).result.n_products <= 4 / 2 + 4 + 2 + 30
-        )  # rotation, certificate, noise, probe
-        assert ed.result.converged.all()
+        ed.result, before = first, ed.operator.n_products
+        assert ed.synthesize(rng=1, progress=False, **arguments).result.converged.all()
+        assert ed.operator.n_products - before <= 4 / 2 + 4 + 2 + 30  # rotation, certificate, noise, probe
     ed.result = first
     assert ed.synthesize(k=2, progress=False).result is first
     before = ed.operator.n_products
     ed.synthesize(k=2, rng=1, v0=first.eigenvectors, progress=False)  # which says where to begin
     assert ed.operator.n_products - before > 40
-
-
-def test_a_start_must_belong_to_the_operator():
-    one, other = linear(), Eigendistortion(torch.ones(10).double(), lambda x: 2 * x)
-    start = one.synthesize("golub_kahan", rng=0, progress=False).result
-    with pytest.raises(ValueError, match="start must be a result of the same operator, with N = 10 and M = 10, got 24"):
-        eigenpairs(other.operator, method="golub_kahan", start=start)
 
 
 @pytest.mark.parametrize("device", DEVICES)

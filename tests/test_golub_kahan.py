@@ -1,9 +1,11 @@
 """Both ends at once: claims on drawn spectra, costs on real ones, and what happens at the edges."""
 
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fisherop import ConvergenceError, FisherOperator, Status, eigenpairs
 from fisherop.solvers.golub_kahan import _Space, chance_of_missing
 from fisherop.testing import matrix_with_singular_values
 
+module = importlib.import_module("fisherop.solvers.golub_kahan")  # whose function has the same name
 SPECTRA = {p.stem: np.load(p) for p in sorted((pathlib.Path(__file__).parent / "spectra").glob("*.npy"))}
 
 
@@ -77,6 +80,39 @@ def test_no_claim_is_false():
 
     one()
     assert len(unconverged) <= 4  # 1 in 1,000 is expected
+
+
+def test_no_claim_is_false_where_a_search_goes_on():
+    """For more or fewer pairs, another end, another tol, another size of basis, after it was stopped."""
+    unconverged = []
+    step = st.tuples(
+        st.integers(1, 5), st.sampled_from(["both", "largest", "smallest"]), st.sampled_from([1, 30, 1000]),
+        st.sampled_from([None, None, 2]), st.booleans(),
+    )  # fmt: skip
+
+    @given(
+        matrix=spectra(), dtype=st.sampled_from(DTYPES), steps=st.lists(step, min_size=2, max_size=4),
+        seed=st.integers(0, 2**32 - 1),
+    )  # fmt: skip
+    @settings(max_examples=150, deadline=None)
+    def one(matrix, dtype, steps, seed):
+        operator, state, n = linear_operator(matrix, dtype), {}, matrix.shape[1]
+        for k, which, factor, maxiter, small in steps:
+            k = min(k, n // 2 if which == "both" else n)
+            if k == 0:
+                continue
+            options = {"max_basis": min(n, 6 * k + 20)} if small else {}
+            tol = factor * (1e-5 if dtype == torch.float32 else 1e-6)
+            try:
+                result = solve(operator, k, which, rng=seed, tol=tol, maxiter=maxiter or 2000, state=state, **options)
+            except ConvergenceError as error:
+                result = error.result
+                if maxiter is None:
+                    unconverged.append(error)
+            assert_truthful(result, matrix)
+
+    one()
+    assert len(unconverged) <= 8  # of 450; 1 in 1,000 is expected
 
 
 # products in the order of SPECTRA: of a published strategy at the smallest end, times 1.1, or 1.3 for a small basis
@@ -166,7 +202,7 @@ def test_repeated_eigenvalues_at_both_ends(k):
 def test_a_restart_keeps_the_relation(block):
     """F V = V T + W C, V and W orthonormal, though the harmonic problem is as ill-conditioned as its shift is small."""
     sigma = torch.as_tensor(np.r_[np.sqrt(np.linspace(1, 0.1, 195)), [1e-5] * 5])
-    space = _Space(diagonal(sigma).linearization, torch.empty(0, 200, dtype=torch.float64), 40, 1.0)
+    space = _Space(diagonal(sigma).linearization, torch.empty(0, 200).double(), torch.empty(40, 200).double(), 1.0)
     space.append(torch.as_tensor(np.random.default_rng(0).standard_normal((block, 200))))
     for _ in range(3):
         while not space.is_full:
@@ -182,7 +218,7 @@ def test_a_restart_keeps_the_relation(block):
 def test_vectors_of_few_pixels_keep_the_basis_orthonormal():
     """In float32 a long sum that holds a product near 1 loses the small ones: V was wrong by 1e-4, T by 4e-4."""
     sigma = torch.cat([torch.tensor([4.0, 4.0, 3.0]), torch.linspace(2, 1, 2**20 - 3)])
-    space = _Space(diagonal(sigma).linearization, torch.empty(0, len(sigma)), 20, 1.0)
+    space = _Space(diagonal(sigma).linearization, torch.empty(0, len(sigma)), torch.empty(20, len(sigma)), 1.0)
     space.append(torch.randn(1, len(sigma), generator=torch.Generator().manual_seed(0)))
     for _ in range(12):
         space.expand()
@@ -240,12 +276,86 @@ def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
         if state["n_products"] >= 0.8 * cold.n_products:
             raise KeyboardInterrupt
 
-    with pytest.raises(ConvergenceError, match="was interrupted; v0=result") as caught:
+    with pytest.raises(ConvergenceError, match="was interrupted; with v0=result") as caught:
         solve(operator, callback=interrupt)
     partial = caught.value.result
     assert list(partial.eigenindex) == [0, 4799] and not partial.converged.all()
     result = solve(operator, v0=partial.eigenvectors)
     assert result.converged.all() and result.n_products < cold.n_products
+
+
+@pytest.mark.parametrize("name", [name for name in SPECTRA if "vgg" not in name])
+def test_going_on_costs_what_is_missing(name):
+    operator = diagonal(SPECTRA[name])
+
+    def searched(result):
+        return result.details["history"][-1]["n_products"]
+
+    at_once, three = solve(operator), solve(operator, 3)
+    for first in ({"tol": 1e-4}, {"which": "largest"}, {"maxiter": 25, "on_failure": "warn"}):
+        state = {}
+        with pytest.warns(RuntimeWarning, match="took 25 steps") if "maxiter" in first else nullcontext():
+            solve(operator, state=state, **first)
+        before = operator.n_products
+        result = solve(operator, state=state)
+        assert result.converged.all() and searched(result) <= 1.02 * searched(at_once) + 1
+        spent = operator.n_products - before
+        assert spent <= result.n_products - 20 and result.n_products <= searched(result) + 10
+        assert solve(operator, state=state) is result
+    more = solve(operator, 3, state=state)
+    assert np.abs(more.eigenvalues - three.eigenvalues).max() <= 1e-6 * three.eigenvalues[0]
+    assert searched(more) - searched(result) <= 0.9 * searched(three)
+
+
+def test_a_state_is_of_one_operator():
+    state = {}
+    solve(diagonal(np.linspace(2, 1, 40)), state=state)
+    with pytest.raises(ValueError, match="state belongs to another operator: pass an empty dict"):
+        solve(diagonal(np.linspace(2, 1, 40)), state=state)
+    with pytest.raises(TypeError, match="state must be a dict, empty at first, or None, got list"):
+        solve(diagonal(np.linspace(2, 1, 40)), state=[])
+
+
+@given(products=st.floats(0, 60), k=st.integers(1, 3), max_basis=st.sampled_from([38, 250]))
+@settings(max_examples=40, deadline=None)
+def test_an_interrupt_at_any_product_leaves_what_a_search_can_go_on_from(products, k, max_basis):
+    sigma = np.r_[np.linspace(3, 1, 297), [0.3, 0.2, 0.1]]
+    operator, state = diagonal(sigma), {}
+
+    def interrupt(_):
+        if operator.n_products >= products:
+            raise KeyboardInterrupt
+
+    operator.linearization.on_product = interrupt
+    with pytest.raises((KeyboardInterrupt, ConvergenceError)):
+        solve(operator, k, max_basis=max_basis, state=state)
+    operator.linearization.on_product = None
+    if "search" in state:
+        space = state["search"].main
+        v, w = space.v.numpy(), space.w.numpy()
+        relation = v * sigma**2 / space.scale**2 - space.t @ v - space.c.T @ w if len(v) else np.zeros(1)
+        assert np.abs(relation).max() <= 1e-12 * (sigma[0] / space.scale) ** 2 if len(v) else True
+    result = solve(operator, k, max_basis=max_basis, state=state)
+    assert np.abs(result.eigenvalues - sigma[result.eigenindex] ** 2).max() <= 9e-6
+
+
+@pytest.mark.parametrize("change", ["expand", "restart"])
+def test_an_interrupt_in_the_midst_of_a_change(change, monkeypatch):
+    sigma = np.linspace(3, 1, 200)
+    operator, state = diagonal(sigma), {}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def break_off(entry):
+        if entry["n_products"] >= 15:
+            monkeypatch.setattr(*((_Space, "_keep") if change == "expand" else (module, "_combine")), interrupt)
+
+    with pytest.raises(ConvergenceError, match="was interrupted"):
+        solve(operator, max_basis=26, callback=break_off, state=state)
+    monkeypatch.undo()
+    assert "search" not in state
+    np.testing.assert_allclose(solve(operator, state=state).eigenvalues, [9, 1], atol=9e-6)
 
 
 @pytest.mark.parametrize("length", [1.0, 1e-200, 1e200])

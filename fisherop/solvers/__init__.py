@@ -51,7 +51,7 @@ def eigenpairs(
     rng: int | np.random.Generator | None = None,
     progress: bool = True,
     on_failure: str = "raise",
-    start: EigenResult | None = None,
+    state: dict[str, Any] | None = None,
     **options: Any,
 ) -> EigenResult:
     """The k most and the k least noticeable directions of an image: extreme eigenpairs of F, certified.
@@ -82,9 +82,9 @@ def eigenpairs(
         Show the products done, once a second has passed.
     on_failure : {"raise", "warn"}
         What happens when a pair did not converge.
-    start : EigenResult, optional
-        Of the same operator. Where it holds all that is asked for at `tol`, ``"golub_kahan"`` searches nothing: it
-        certifies these pairs, or returns the result as it is. Otherwise, and for other methods, the search begins anew.
+    state : dict, optional
+        For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
+        Where the last result holds all that is asked for at `tol`, nothing is searched; else the search goes on.
     **options
         The solver's own; see there.
 
@@ -103,41 +103,41 @@ def eigenpairs(
     """
     operator = _fisher(operator)
     n = operator.shape[0]
-    _check_arguments(k, which, tol, maxiter, on_failure, n)
+    _check_arguments(k, which, tol, maxiter, on_failure, state, n)
     solver, name, why = _choose(method, options, operator, k)
     if which == "both" and 2 * k > n and solver is not exact:
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = spawned(rng)
+    keeps = state is not None and solver is golub_kahan
+    if keeps and not options.keys() & {"v0", "orthogonal_to"}:
+        found = _recall(operator, state, k, which, tol)
+        if found is not None:
+            state["result"] = found
+            return found
     before = operator.n_products
     stopped: SolverStopped | None = None
-    details: dict[str, Any] = {}
     # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
     aim = 0.95 * tol
     if solver is not golub_kahan:
         aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
-    known = None
-    if start is not None and solver is golub_kahan:
-        known = _held(start, k, which, tol, operator)
-        if known is not None and tol == start.tol and known.shape == start.eigenvectors.shape:
-            return start
+    if keeps:
+        options["state"] = state
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
         try:
-            if known is not None:
-                vectors, details = known, dict(start.details)
-            else:
-                _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
-                details = more[0] if more else {}
+            _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
+            details = more[0] if more else {}
             vectors, index = _check_answer(vectors, k, which, n, name)
         except SolverStopped as error:
-            stopped = error
+            stopped, details = error, error.details | {"stopped": str(error)}
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
         if options.get("orthogonal_to") is not None:
             vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
             for claim in ("ground", "lambda_min_lower", "lambda_max_upper"):  # which hold in the complement alone
                 details.pop(claim, None)
+        earlier = details.pop("earlier", 0) if solver is golub_kahan else 0
         # what our own solvers say; all others are examined
         ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
         result = certify(
@@ -151,26 +151,62 @@ def eigenpairs(
             ground=ground,
             details=why | details,
         )
-    result = dataclasses.replace(result, n_products=operator.n_products - before)
+    result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
     if stopped is not None or not result.converged.all():
         error = ConvergenceError(_explain(result, stopped), result)
         if on_failure == "raise":
             raise error from stopped
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+    if keeps:
+        state["result"] = result
     return result
 
 
-def certify_anew(operator: FisherOperator, result: EigenResult) -> EigenResult:
+def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float) -> EigenResult | None:
+    """What is asked for, where an earlier result of the operator has it all and it holds at `tol`; else None."""
+    result, n = state.get("result"), operator.shape[0]
+    if result is None or state.get("linearization") is not operator.linearization:
+        return None
+    if result.method != "golub_kahan" or "stopped" in result.details:  # the index may not have been looked into
+        return None
+    index = _indices(k, which, n)
+    here = np.isin(result.eigenindex, index)
+    if here.sum() < len(index) or not result.converged[here].all():
+        return None
+    if here.all() and tol == result.tol:
+        return result
+    if tol < result.tol:  # what would fail isn't certified
+        scale, noise = result.lambda_max_bounds[0], result.noise
+        together = np.cumsum(result.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
+        null = (together**0.5 + noise * scale**0.5) ** 2 <= tol * scale
+        holds = result.residual_norms + noise * scale * min(1, 4 / n**0.5) <= tol * scale
+        if not (holds | null)[here].all():
+            return None
+    anew = _certify_anew(operator, result, here, tol)
+    return anew if anew.converged.all() else None
+
+
+def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
     """A result's pairs by products of another operator, of the same model in other arithmetic.
 
     Warns where a pair does not hold there.
     """
-    vectors = _rayleigh_ritz(operator, result.eigenvectors)
-    anew = certify(
-        operator, vectors, result.eigenindex, tol=result.tol, method=result.method, rng=0, details=result.details
-    )
+    anew = _certify_anew(operator, result, np.full(len(result.eigenindex), True), result.tol)
     if not anew.converged.all():
         warnings.warn(_explain(anew, None), RuntimeWarning, stacklevel=3)
+    return anew
+
+
+def _certify_anew(operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_], tol: float) -> EigenResult:
+    anew = certify(
+        operator,
+        _rayleigh_ritz(operator, result.eigenvectors[:, here]),
+        result.eigenindex[here],
+        tol=tol,
+        method=result.method,
+        rng=0,
+        details=result.details,
+    )
     return dataclasses.replace(anew, n_products=result.n_products + anew.n_products)
 
 
@@ -182,7 +218,7 @@ def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     return operator
 
 
-def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_failure: str, n: int) -> None:
+def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_failure: str, state: Any, n: int) -> None:
     if not isinstance(k, int | np.integer) or not 1 <= k <= n:
         raise ValueError(f"k must be an integer from 1 to N = {n}, got {k!r}")
     if which not in ("both", "largest", "smallest"):
@@ -192,6 +228,8 @@ def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_fai
         raise ValueError(f"maxiter must be a positive integer or None, got {maxiter!r}")
     if on_failure not in ("raise", "warn"):
         raise ValueError(f"on_failure must be 'raise' or 'warn', got {on_failure!r}")
+    if state is not None and not isinstance(state, dict):
+        raise TypeError(f"state must be a dict, empty at first, or None, got {type(state).__name__}")
 
 
 def _choose(
@@ -250,28 +288,6 @@ def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, give
         top = from_top.sum() + (known > (values[from_top].min() + values[~from_top].max()) / 2).sum()
     vectors = np.hstack([vectors, given])
     return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
-
-
-def _held(start: EigenResult, k: int, which: str, tol: float, operator: FisherOperator) -> NDArray | None:
-    """The vectors (N, K) that are asked for, where a result has them all and they hold at `tol`."""
-    m, n = operator.jacobian.shape
-    if (start.image_size, start.response_size) != (n, m):
-        raise ValueError(
-            f"start must be a result of the same operator, with N = {n} and M = {m}, got {start.image_size} and "
-            f"{start.response_size}"
-        )
-    index = _indices(k, which, n)
-    here = np.isin(start.eigenindex, index)
-    if here.sum() < len(index) or not start.converged[here].all():
-        return None
-    if tol < start.tol:
-        allowed, noise = tol * start.lambda_max_bounds[0], start.noise * start.lambda_max_bounds[0]
-        together = np.cumsum(start.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
-        null = (together**0.5 + start.noise * start.lambda_max_bounds[0] ** 0.5) ** 2 <= allowed
-        holds = start.residual_norms + noise * min(1, 4 / n**0.5) <= allowed
-        if not (holds | null)[here].all():
-            return None
-    return start.eigenvectors[:, here]
 
 
 def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:

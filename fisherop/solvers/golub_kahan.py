@@ -36,6 +36,7 @@ def golub_kahan(
     v0: NDArray | None = None,
     orthogonal_to: NDArray | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> tuple[NDArray, NDArray, dict[str, Any]]:
     """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalisation of J.
 
@@ -67,13 +68,20 @@ def golub_kahan(
     callback : callable, optional
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
+    state : dict, optional
+        Empty, for the search to stay in it, however it ends; with a search of this operator, to go on from there, by
+        its own random stream, for more pairs, the other end, a smaller tol, or after it was stopped. The basis takes
+        memory as long as the dict lives. A search begins anew with `v0` or `orthogonal_to`, where `max_basis` is now
+        too small for the basis, and where, for k > 1, the look for missed eigenvalues needed its memory: where V could
+        hold all N, or took more than a quarter of `max_basis`.
 
     Returns
     -------
     values (K,), vectors (N, K), details
         In details: ``nullity``, an estimate of the number of eigenvalues that are null to tol and its standard error,
         where some are (too large where others follow without a gap, since Ritz vectors hold a part of those);
-        ``history``, a list; ``restarts``. Outer bounds of λ_min and λ_max hold with probability 0.998 over the random
+        ``history``, a list; ``restarts``; ``earlier``, products of the search that this call goes on from, which the
+        history counts, too. Outer bounds of λ_min and λ_max hold with probability 0.998 over the random
         start, see `chance_of_missing`.
 
     Raises
@@ -109,17 +117,26 @@ def golub_kahan(
         )
     capacity = _capacity(n - given.shape[1], k, operator.dtype.itemsize, max_basis, basis_memory)
     lin = operator.linearization
+    state = {} if state is None else state
+    if state.setdefault("linearization", lin) is not lin:
+        raise ValueError("state belongs to another operator: pass an empty dict")
+    search = state.pop("search", None)
     if len(given.T) or v0 is not None:
-        rng = _independent(rng, given, v0)
-    rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
-    search = _Search(lin, rows, top, bottom, tol, rng, capacity, maxiter or 10_000, callback)
+        rng, search = _independent(rng, given, v0), None
+    if search is None or not search.reopen(capacity):
+        rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
+        search = _Search(lin, rows, rng, capacity)
+    search.ask(top, bottom, tol, maxiter or 10_000, callback)
     try:
-        search.find(k if bottom and n - m - len(rows) >= k else 1, v0)
+        search.find(k if bottom and n - m - len(given.T) >= k else 1, v0)
         search.look_for_missed()
+        return search.answer()
     except KeyboardInterrupt:
-        message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
+        message = "golub_kahan was interrupted; with v0=result.eigenvectors, or the same state, it goes on from there"
         raise SolverStopped(message, *search.partial()) from None
-    return search.answer()
+    finally:
+        if search.close():
+            state["search"] = search
 
 
 def _independent(rng: np.random.Generator, *given: NDArray | None) -> np.random.Generator:
@@ -164,7 +181,7 @@ def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArr
     n : int
     """
     p = len(start)
-    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2) if len(residuals) else 0.0
+    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2) if residuals.any() else 0.0
     if q == 0:
         return 0.0
     return math.exp(min(0.0, p / 2 * math.log(n * q**2 / 2) - math.lgamma(p / 2 + 1)))
@@ -190,10 +207,10 @@ class _Space:
     and `scale` keeps norms from overflow.
     """
 
-    def __init__(self, linearization: Any, fixed: Tensor, capacity: int, scale: float) -> None:
+    def __init__(self, linearization: Any, fixed: Tensor, rows: Tensor, scale: float) -> None:
         self.lin = linearization
         self.eps = torch.finfo(fixed.dtype).eps
-        self.rows = fixed.new_empty(len(fixed) + capacity, linearization.image_size)
+        self.rows = rows  # memory for fixed and V
         self._block = fixed[:0]
         self.scale = scale
         self.begin(fixed)
@@ -209,6 +226,13 @@ class _Space:
         self.w = self._block[:0]
         self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
         self.is_restarted = False
+        self.is_whole = True  # an interrupt came not in the midst of a change
+
+    def move(self, rows: Tensor) -> None:
+        """To other memory."""
+        used = self.n_fixed + self.m
+        rows[:used] = self.rows[:used]
+        self.rows, self.capacity = rows, min(len(rows) - self.n_fixed, self.n)
 
     @property
     def m(self) -> int:
@@ -238,8 +262,10 @@ class _Space:
             _project(new, self.rows[: self.n_fixed + self.m])
             _project(new, self.w)
             new, _ = _orthonormalise(new, floor=100 * self.eps)
+        self.is_whole = False
         self._keep(torch.cat([self.w, new])[: self.n - self.m])
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
+        self.is_whole = True
 
     def expand(self) -> None:
         """W becomes part of V; what F makes of it, beyond V, becomes W."""
@@ -263,8 +289,10 @@ class _Space:
             w, again = _orthonormalise(w, floor=0.5)
             r = again @ r
         w, r = w[: self.n - m - b], r[: self.n - m - b]
+        self.is_whole = False
         self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
         self._keep(w)
+        self.is_whole = True
 
     def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """J times rows, and F times rows, before the projection."""
@@ -294,6 +322,7 @@ class _Space:
         z = np.linalg.svd(np.vstack([factor, beside]))[2].T
         kept = np.linalg.solve(factor.T, z[:, np.r_[:high, self.m - low : self.m]])
         q = np.linalg.qr(kept / np.linalg.norm(kept, axis=0))[0]
+        self.is_whole = False
         w = self.w.addmm_(self.tensor(np.linalg.solve(a, self.c.T).T), self.v, alpha=-1)
         c = self.c @ q
         t = q.T @ self.t @ q
@@ -303,43 +332,76 @@ class _Space:
             _project(w, self.rows[: self.n_fixed + self.m])
         self.w, r = _orthonormalise(w, floor=0.0)
         self.c = r @ c
-        self.is_restarted = True
+        self.is_restarted = self.is_whole = True
 
 
 class _Search:
     """When to stop, when to restart, and whether eigenvalues have been missed."""
 
-    def __init__(
-        self,
-        linearization: Any,
-        given: Tensor,
-        top: int,
-        bottom: int,
-        tol: float,
-        rng: np.random.Generator,
-        capacity: int,
-        maxiter: int,
-        callback: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        self.lin, self.given = linearization, given
+    def __init__(self, linearization: Any, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
+        self.lin, self.given, self.rng = linearization, given, rng
         self.n = linearization.image_size - len(given)
-        self.top, self.bottom, self.k, self.tol = top, bottom, max(top, bottom), tol
-        self.rng, self.capacity, self.maxiter, self.callback = rng, capacity, maxiter, callback
-        self.space = _Space(linearization, given, capacity, 0.0)
-        self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
-        self.history: list[dict[str, Any]] = []
-        self.restarts = self.probes = self.n_steps = self.next_check = 0
+        self.main: _Space | None = _Space(linearization, given, self._memory(capacity), 0.0)
         self.random: Tensor | None = None  # the random start, if there was one
         self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
-        self.starts = 1  # how many vectors of an eigenspace can have been seen
+        self.starts = 1  # how many vectors of an eigenspace the main space can have seen
         self.accepted, self.inflation = _CHANCE, 1.0  # see `_chance_of_more`, `_missing`
-        self.largest = self.chance = 0.0  # Ritz value; of the former
+        self.largest = 0.0  # Ritz value
+        self.restarts, self.spent = 0, 0.0
+
+    def ask(
+        self, top: int, bottom: int, tol: float, maxiter: int, callback: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        """What to search for, from the start or in the space that is there."""
+        self.top, self.bottom, self.k, self.tol = top, bottom, max(top, bottom), tol
+        self.maxiter, self.callback = maxiter, callback
+        self.space = self.main
+        self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
+        self.history: list[dict[str, Any]] = []
+        self.probes = self.n_steps = self.next_check = 0
+        self.chance = 0.0
         self.residual_tol = max(tol / 2, tol - 4 * self.space.eps)  # rounding adds to residuals, hardly to null values
         self.nullity: tuple[float, float] | None = None
-        self.before = linearization.n_products
+        if not self.space.is_restarted:
+            self.bounds = None
+        self.earlier, self.before = self.spent, self.lin.n_products - self.spent
+
+    def close(self) -> bool:
+        """Hold no more than a later search can go on from; whether it can."""
+        self.spent = self.lin.n_products - self.before
+        space = self.space = self.main
+        self.found = self.fixed = self.callback = None
+        if space is None or not space.is_whole or len(self.given):
+            return False
+        if 6 * space.m < len(space.rows):  # while there are two, they take no more than a search may take
+            space.move(self._memory(space.m))
+        return True
+
+    def reopen(self, capacity: int) -> bool:
+        """Make room for that many vectors; whether those that are there fit in, with what a restart needs."""
+        if self.main.m > capacity or 6 * len(self.main.w) > capacity < self.n:
+            return False
+        if len(self.main.rows) != capacity:
+            self.main.move(self._memory(capacity))
+        return True
+
+    def _memory(self, capacity: int) -> Tensor:
+        return self.given.new_empty(len(self.given) + capacity, self.lin.image_size)
 
     def find(self, block: int, v0: NDArray | None) -> None:
         """The wanted pairs, where repeated eigenvalues may be missed."""
+        space = self.space
+        if space.m + len(space.w) == 0:
+            self._begin(block, v0)
+        elif len(space.w) < block:
+            space.append(self._draw(block - len(space.w)))
+        self._run()
+        theta, _, y = self.ritz
+        null = theta <= self.tol * self.largest
+        if self.bottom and null.any() and self.random is not None:
+            self.nullity = self._estimate_number(y[:, null])
+
+    def _begin(self, block: int, v0: NDArray | None) -> None:
         start = self._draw(block if v0 is None else 1)
         if v0 is not None:
             v0 = v0 / np.abs(v0).max(axis=0)
@@ -349,36 +411,39 @@ class _Search:
         self.starts = len(start)
         self.space.append(start)
         self.random = self.space.w.clone() if v0 is None else None
-        self._run()
-        theta, _, y = self.ritz
-        null = theta <= self.tol * self.largest
-        if self.bottom and null.any() and self.random is not None:
-            self.nullity = self._estimate_number(y[:, null])
 
     def look_for_missed(self) -> None:
         """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
-        if self.starts >= self.k:
+        seen = self.starts
+        if seen >= self.k:
             return
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
         space, (theta, _, y) = self.space, self.ritz
         ends = self._ends(space.m, space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 16))
         self.fixed, self.fixed_theta = space.vectors(y[:, ends]), theta[ends]
+        room = space.capacity - space.m - len(ends)
+        if len(self.given) == 0 and space.capacity < space.n and room >= max(0.6 * space.capacity, 6 * self.k + 20):
+            self.space = _Space(self.lin, self.given, space.rows[space.m :], space.scale)
+        else:
+            self.main = None
         p, joined = 1, True
-        while joined and self.starts < self.k and self.n > len(self.fixed):
+        while joined and seen < self.k and self.n > len(self.fixed):
             joined = self._probe(p)
-            self.starts += p
+            seen += p
             p = self.k
             if joined:  # what joins has converged beside the rest, not together with it
-                space.begin(self.given)
-                space.append(self.found[2])
+                self.space.begin(self.given)
+                self.space.append(self.found[2])
                 self._run()
 
     def _run(self) -> None:
         """Go on until the wanted pairs have converged."""
         space, self.next_check = self.space, 0
-        may_grow = self.found is None and self.starts < self.k <= self.bottom
+        may_grow = self.found is None and max(self.starts, len(space.w)) < self.k <= self.bottom
+        goes_on = space.m > 0
         while True:
-            self.ritz = theta, rho, y = self._next_ritz()
+            self.ritz = theta, rho, y = space.ritz() if goes_on else self._next_ritz()
+            goes_on = False
             self.largest = max(self.largest, theta[-1])
             aim = self.tol * self.largest
             wanted = self._wanted(len(theta))
@@ -400,7 +465,7 @@ class _Search:
             elif may_grow and theta[0] <= 100 * aim:
                 may_grow = False
                 if self.random is None or self._are_several(y[:, theta <= 100 * aim]):
-                    space.append(self._draw(self.k - self.starts))
+                    space.append(self._draw(self.k - len(space.w)))
             self._make_room()
         self._bound()
         self.found = theta[wanted], rho[wanted], space.vectors(y[:, wanted])
@@ -538,8 +603,9 @@ class _Search:
 
     def _ends(self, m: int, more: int) -> NDArray:
         """Of m ascending values, what is wanted and some more, as long as a probe has room beside them to restart."""
-        if self.capacity < self.n:
-            more = min(more, (self.capacity - 4 * self.k - 20 - self.top - self.bottom) // 2)
+        capacity = len(self.space.rows) - len(self.given)
+        if capacity < self.n:
+            more = min(more, (capacity - 4 * self.k - 20 - self.top - self.bottom) // 2)
         low = min(self.bottom + more, m)
         return np.r_[:low, max(low, m - self.top - more) : m]
 
@@ -584,7 +650,7 @@ class _Search:
             ground += (
                 f"; an eigenvalue more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
             )
-        details: dict[str, Any] = {"ground": ground, "restarts": self.restarts, "history": self.history}
+        details = {"ground": ground} | self.details()
         if self.nullity is not None:
             details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
                 *self.nullity
@@ -594,8 +660,11 @@ class _Search:
             details["lambda_min_lower"], details["lambda_max_upper"] = (self.space.scale**2 * x for x in self.bounds)
         return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
 
-    def partial(self) -> tuple[NDArray, NDArray]:
-        """What there is, largest and smallest, columns by descending value."""
+    def details(self) -> dict[str, Any]:
+        return {"restarts": self.restarts, "history": self.history, "earlier": self.earlier}
+
+    def partial(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
+        """What there is, largest and smallest, columns by descending value, and details."""
         if self.found is None:
             _, _, y = self.space.ritz()
             rows = self.space.vectors(y[:, self._wanted(self.space.m)])
@@ -603,7 +672,7 @@ class _Search:
             rows = self.found[2]
         vectors = rows.flip(0).T.cpu().numpy()
         top = min(self.top, vectors.shape[1])
-        return vectors[:, :top], vectors[:, top:]
+        return vectors[:, :top], vectors[:, top:], self.details()
 
 
 def _project(block: Tensor, basis: Tensor) -> None:
