@@ -90,7 +90,7 @@ class Eigendistortion:
         Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it searches nothing
         where what is there holds all that is asked for, at a larger tol or for fewer. Else it goes on from its Krylov
         basis, for more, for a smaller tol, or after an interrupt or too few iterations; for when it can't, see `state`
-        in `fisherop.solvers.golub_kahan`. A new object begins anew, with its own `rng`.
+        in `fisherop.solvers.golub_kahan`. The object holds that basis; a new one begins anew, with its own `rng`.
 
         Parameters
         ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -328,9 +329,13 @@ def to_pictures(image: Tensor | ArrayLike, as_rgb: bool | None = None, channel_i
 
 def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None) -> tuple[float, float]:
     """Black and white: (0, 1) where all pictures keep to it, else their extremes."""
+    if not all(np.isfinite(p).all() for p in pictures):
+        raise ValueError("what is to be shown holds NaN or infinity")
     if vrange is None:
-        least, most = min(p.min() for p in pictures), max(p.max() for p in pictures)
-        vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (float(least), float(most))
+        least, most = float(min(p.min() for p in pictures)), float(max(p.max() for p in pictures))
+        vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (least, most)
+        if least == most and vrange != (0.0, 1.0):
+            raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
     low, high = vrange
     if not high > low:
         raise ValueError(f"vrange must ascend, got {vrange}: pass the values of black and white")
@@ -338,7 +343,9 @@ def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None 
 
 
 def describe(vrange: tuple[float, float]) -> str:
-    return f"black {vrange[0]:.3g}, white {vrange[1]:.3g}"
+    low, high = vrange
+    digits = 3 + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))  # so that they differ
+    return f"black {low:.{digits}g}, white {high:.{digits}g}"
 
 
 def draw(
@@ -402,7 +409,7 @@ def _text_width(figure: Figure, text: str, fontsize: float) -> int:
 def _fill(ax: Axes, panel: Panel) -> None:
     low, high = panel.vrange
     shown = np.clip((panel.pixels - low) / (high - low), 0, 1)
-    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest", origin="upper")
     ax.set_title(panel.title, fontsize=9)
     ax.set_axis_off()
 

@@ -11,7 +11,7 @@ from helpers import DEVICES, DTYPES, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherop import ConvergenceError, Eigendistortion, eigenpairs
+from fisherop import ConvergenceError, Eigendistortion
 from fisherop.eigendistortion import _fingerprint
 from fisherop.solvers.exact import exact
 from fisherop.testing import linear_model, matrix_with_singular_values

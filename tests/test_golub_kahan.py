@@ -339,6 +339,24 @@ def test_an_interrupt_at_any_product_leaves_what_a_search_can_go_on_from(product
     assert np.abs(result.eigenvalues - sigma[result.eigenindex] ** 2).max() <= 9e-6
 
 
+def test_what_was_stopped_is_not_taken_for_the_answer():
+    """All pairs hold, but whether others were missed had not been looked into."""
+    operator, state = diagonal(np.linspace(3, 1, 300)), {}
+    length = len(solve(operator, 2, max_basis=290).details["history"])
+    entries = []
+
+    def interrupt(entry):
+        entries.append(entry)
+        if len(entries) == length - 1:
+            raise KeyboardInterrupt
+
+    with pytest.warns(RuntimeWarning, match="was interrupted"):
+        stopped = solve(operator, 2, max_basis=290, state=state, callback=interrupt, on_failure="warn")
+    assert stopped.converged.all() and "was interrupted" in stopped.details["stopped"]
+    result = solve(operator, 2, max_basis=290, state=state)
+    assert "another from random vectors orthogonal to them" in result.ground and "stopped" not in result.details
+
+
 @pytest.mark.parametrize("change", ["expand", "restart"])
 def test_an_interrupt_in_the_midst_of_a_change(change, monkeypatch):
     sigma = np.linspace(3, 1, 200)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -171,6 +172,37 @@ def test_imshow_chooses_channels_and_range():
 def test_what_imshow_refuses(shape, arguments, error, message):
     with pytest.raises(error, match=message):
         plot.imshow(torch.rand(shape, generator=torch.Generator().manual_seed(0)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ([[1.0, np.nan]], "what is to be shown holds NaN or infinity"),
+        ([[1.0, -np.inf]], "what is to be shown holds NaN or infinity"),
+        ([[7.0, 7.0]], "what is to be shown is 7 throughout: pass vrange, the values of black and white"),
+    ],
+)
+def test_values_that_have_no_range(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        plot.imshow(np.array(pixels))
+
+
+def test_black_and_white_are_told_apart():
+    for low, high, title in (
+        (1000, 1001, "black 1000, white 1001"),
+        (-5, 5.0001, "black -5, white 5"),
+        (1e-9, 2e-9, "black 1e-09, white 2e-09"),
+        (0.99999, 1.00001, "black 0.99999, white 1.00001"),
+    ):
+        (ax,) = plot.imshow(np.array([[low, high]]), vrange=(low, high)).axes
+        assert ax.get_title() == title
+    assert plot.imshow(np.ones((2, 2))).axes[0].get_title() == "black 0, white 1"
+
+
+def test_up_is_up_whatever_the_users_settings():
+    with rc_context({"image.origin": "lower"}):
+        (ax,) = plot.imshow(np.arange(6.0).reshape(3, 2)).axes
+    assert ax.get_ylim() == (2.5, -0.5)
 
 
 def test_spectra_of_several_results(tmp_path):

@@ -71,9 +71,10 @@ def golub_kahan(
     state : dict, optional
         Empty, for the search to stay in it, however it ends; with a search of this operator, to go on from there, by
         its own random stream, for more pairs, the other end, a smaller tol, or after it was stopped. The basis takes
-        memory as long as the dict lives. A search begins anew with `v0` or `orthogonal_to`, where `max_basis` is now
-        too small for the basis, and where, for k > 1, the look for missed eigenvalues needed its memory: where V could
-        hold all N, or took more than a quarter of `max_basis`.
+        memory as long as the dict lives. A search begins anew with `v0` or `orthogonal_to`; for more pairs or the other
+        end after a restart, which kept no more than was wanted then; where `max_basis` is now too small for the basis;
+        and where, for k > 1, the look for missed eigenvalues needed its memory: where V could hold all N, or took more
+        than a quarter of `max_basis`.
 
     Returns
     -------
@@ -123,7 +124,7 @@ def golub_kahan(
     search = state.pop("search", None)
     if len(given.T) or v0 is not None:
         rng, search = _independent(rng, given, v0), None
-    if search is None or not search.reopen(capacity):
+    if search is None or not search.reopen(top, bottom, capacity):
         rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
         search = _Search(lin, rows, rng, capacity)
     search.ask(top, bottom, tol, maxiter or 10_000, callback)
@@ -377,12 +378,15 @@ class _Search:
             space.move(self._memory(space.m))
         return True
 
-    def reopen(self, capacity: int) -> bool:
-        """Make room for that many vectors; whether those that are there fit in, with what a restart needs."""
-        if self.main.m > capacity or 6 * len(self.main.w) > capacity < self.n:
+    def reopen(self, top: int, bottom: int, capacity: int) -> bool:
+        """Make room for that many vectors; whether those that are there fit in, and can lead to what is asked for."""
+        space = self.main
+        if space.is_restarted and (top > self.top or bottom > self.bottom):  # what it left out would be missed
             return False
-        if len(self.main.rows) != capacity:
-            self.main.move(self._memory(capacity))
+        if space.m > capacity or 6 * len(space.w) > capacity < self.n:  # or there is no room for the next restart
+            return False
+        if len(space.rows) != capacity:
+            space.move(self._memory(capacity))
         return True
 
     def _memory(self, capacity: int) -> Tensor:
