@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, linear_operator, small_image, small_model
+from helpers import DTYPES, assert_close, linear_operator, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solvers import assert_truthful
@@ -213,6 +213,22 @@ def test_a_restart_keeps_the_relation(block):
         assert np.abs(relation).max() <= 1e-11
         both = np.vstack([v, w])
         assert np.abs(both @ both.T - np.eye(len(both))).max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_directions_from_rounding_take_nothing_from_the_others(dtype):
+    """A block of 3 whose products have rank 2, the shorter direction 1e-5 long: T was wrong by 0.1 of its norm."""
+    for seed in range(40):
+        matrix = matrix_with_singular_values([1.0, 10**-2.5], 2, 12, rng=seed)
+        lin = linear_operator(matrix, dtype).linearization
+        space = _Space(lin, torch.empty(0, 12, dtype=dtype), torch.empty(12, 12, dtype=dtype), 1.0)
+        space.append(torch.randn(3, 12, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+        while len(space.w):
+            space.expand()
+        v = space.v.double().numpy()
+        assert_close(space.t, v @ matrix.T @ matrix @ v.T, dtype, factor=30)
+        assert_close(v @ v.T, np.eye(len(v)), dtype, factor=30)
+        assert_close(np.linalg.eigvalsh(space.t)[-2:], [1e-5, 1], dtype, factor=30)
 
 
 def test_vectors_of_few_pixels_keep_the_basis_orthonormal():

@@ -285,9 +285,9 @@ class _Space:
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
         w, r = _orthonormalise(fw, floor=self.eps * np.abs(t).max())
-        if b > 1:  # short directions of a block are not orthogonal to V yet; what they lose now is rounding
+        if b > 1:  # short directions of a block are not orthogonal to V yet, nor to longer ones
             _project(w, basis)
-            w, again = _orthonormalise(w, floor=0.5)
+            w, again = _reorthonormalise(w)
             r = again @ r
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.is_whole = False
@@ -690,9 +690,9 @@ def _project(block: Tensor, basis: Tensor) -> None:
 
 
 def _combine(rows: Tensor, y: Tensor) -> Tensor:
-    """y times rows, in their place, which may be all the memory that there is."""
+    """y times the first rows, by y's precision, in their place, which may be all the memory that there is."""
     for columns in rows.split(_SLAB, dim=1):
-        columns[: len(y)] = y @ columns
+        columns[: len(y)] = y @ columns[: y.shape[1]].to(y.dtype)
     return rows[: len(y)]
 
 
@@ -704,15 +704,27 @@ def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
     if len(block) == 1:
         s, right = np.sqrt(_inner(block, block))[0], np.ones((1, 1))
     else:
-        r = block.new_empty(0, len(block), dtype=torch.float64)
-        for columns in block.split(_SLAB, dim=1):
-            r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
-        _, s, right = np.linalg.svd(r.cpu().numpy(), full_matrices=False)
+        _, s, right = np.linalg.svd(_triangle(block), full_matrices=False)
     s, right = s[s > floor, None], right[s > floor]
-    turn = torch.as_tensor(right / s, device=block.device)
+    return _combine(block, torch.as_tensor(right / s, device=block.device)), s * right
+
+
+def _reorthonormalise(block: Tensor) -> tuple[Tensor, NDArray]:
+    """The same for unit vectors, nearly orthogonal but for the last ones, which come from rounding: these are left out.
+
+    Each vector keeps its direction beside those before it, so that a longer one loses nothing to shorter ones.
+    """
+    r = _triangle(block)
+    count = int(np.cumprod(np.abs(np.diag(r)) > 0.5).sum())
+    return _combine(block, torch.as_tensor(np.linalg.inv(r[:count, :count]).T, device=block.device)), r[:count]
+
+
+def _triangle(block: Tensor) -> NDArray[np.float64]:
+    """R of the QR factorisation of the columns whose rows these are, slab by slab."""
+    r = block.new_empty(0, len(block), dtype=torch.float64)
     for columns in block.split(_SLAB, dim=1):
-        columns[: len(s)] = turn @ columns.double()
-    return block[: len(s)], s * right
+        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
+    return r.cpu().numpy()
 
 
 def _inner(a: Tensor, b: Tensor) -> NDArray[np.float64]:
