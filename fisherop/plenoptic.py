@@ -66,7 +66,7 @@ def display_eigendistortion(
         This eigendistortion has not been synthesized, or as in `imshow`.
     """
     show = _Shown(eigendistortion, process_image, None, as_rgb, channel_idx, vrange)
-    return draw([show.sum(eigenindex, alpha)], zoom=zoom, ax=ax, figure=pyplot.figure() if ax is None else None)
+    return draw([show.sum(eigenindex, alpha)], zoom=zoom, ax=ax, new_figure=pyplot.figure)
 
 
 def display_eigendistortion_all(
@@ -120,7 +120,7 @@ def display_eigendistortion_all(
     for index, scale in zip(indices, alphas, strict=True):
         above += show.distortion(index)
         below += show.sum(index, scale)
-    return draw([above, below], zoom=zoom, suptitle=suptitle, figure=pyplot.figure())
+    return draw([above, below], zoom=zoom, suptitle=suptitle, new_figure=pyplot.figure)
 
 
 def eigendistortion_imshow_all(

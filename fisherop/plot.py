@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -354,9 +354,10 @@ def draw(
     zoom: int | None = None,
     suptitle: str = "",
     ax: Axes | None = None,
-    figure: Figure | None = None,
+    new_figure: Callable[..., Figure] = Figure,
 ) -> Figure:
     """Draw rows of panels, each pixel as `zoom` × `zoom` dots, and each column as wide as its titles need."""
+    rows = [[None if panel is None else _clipped(panel) for panel in row] for row in rows]
     panels = [panel for row in rows for panel in row if panel is not None]
     if ax is not None:
         if len(panels) != 1 or zoom is not None:
@@ -370,8 +371,7 @@ def draw(
     zoom = int(zoom)
     width = max(len(row) for row in rows)
     rows = [[*row, *[None] * (width - len(row))] for row in rows]
-    figure = Figure() if figure is None else figure
-    figure.set_dpi(_DPI)
+    figure = new_figure(dpi=_DPI)
     sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]
     columns = [max(max(width, text) for width, _, text in column) for column in zip(*sizes, strict=True)]
     lines = max(panel.title.count("\n") + 1 for panel in panels)
@@ -393,6 +393,14 @@ def draw(
     return figure
 
 
+def _clipped(panel: Panel) -> Panel:
+    """What keeps to its range, and a title that says how much of it did not."""
+    low, high = panel.vrange
+    pixels = np.clip(panel.pixels, low, high)
+    share = np.mean(np.abs(pixels - panel.pixels) > 1e-6 * (high - low))
+    return Panel(pixels, panel.vrange, panel.title + (f", {math.ceil(100 * share)} % clipped" if share else ""))
+
+
 def _size(figure: Figure, panel: Panel, zoom: int) -> tuple[int, int, int]:
     """Width and height of the picture, and width of its title, in dots."""
     height, width = panel.pixels.shape[:2]
@@ -408,8 +416,7 @@ def _text_width(figure: Figure, text: str, fontsize: float) -> int:
 
 def _fill(ax: Axes, panel: Panel) -> None:
     low, high = panel.vrange
-    shown = np.clip((panel.pixels - low) / (high - low), 0, 1)
-    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="nearest", origin="upper")
+    ax.imshow((panel.pixels - low) / (high - low), vmin=0, vmax=1, cmap="gray", interpolation="nearest", origin="upper")
     ax.set_title(panel.title, fontsize=9)
     ax.set_axis_off()
 

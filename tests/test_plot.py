@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fisherop import ConvergenceError, Eigendistortion, eigenpairs, plot
+from fisherop.images import load_image
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 MATRIX = matrix_with_singular_values(np.r_[np.linspace(3, 1, 20), np.zeros(40)], 70, 60)
@@ -36,7 +37,7 @@ def test_grey_panels_show_what_they_say(tmp_path):
     assert titles[1] == f"eigendistortion 0\nλ = 9, black {-peak:.3g}, white {peak:.3g}"
     assert titles[4].startswith("eigendistortion 59\nλ = ")
     assert (
-        titles[2] == "image + 2 × eigendistortion 0 (RMS 0.26)\nλ = 9, black 0, white 1"
+        titles[2] == "image + 2 × eigendistortion 0 (RMS 0.26)\nλ = 9, black 0, white 1, 14 % clipped"
         and titles[0] == "image\nblack 0, white 1"
     )
     figure.savefig(tmp_path / "figure.png")
@@ -142,7 +143,10 @@ def test_imshow_chooses_channels_and_range():
     assert ax.get_title() == "black -1, white 2" and np.shape(ax.images[0].get_array()) == (4, 5, 3)
     assert ax.get_window_extent().width == 5 * 52  # 260 dots
     figure = plot.imshow(image.numpy(), ["r", "g", "b"], as_rgb=False, vrange=(0, 2))
-    assert [ax.get_title() for ax in figure.axes] == [f"{c}\nblack 0, white 2" for c in "rgb"]
+    ends = ", 100 % clipped", "", ""
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"{c}\nblack 0, white 2{e}" for c, e in zip("rgb", ends, strict=True)
+    ]
     (ax,) = plot.imshow(image, channel_idx=-1).axes
     np.testing.assert_allclose(ax.images[0].get_array(), (blue - blue.min()) / np.ptp(blue), rtol=1e-6)
     own = Figure()
@@ -199,10 +203,16 @@ def test_black_and_white_are_told_apart():
     assert plot.imshow(np.ones((2, 2))).axes[0].get_title() == "black 0, white 1"
 
 
-def test_up_is_up_whatever_the_users_settings():
-    with rc_context({"image.origin": "lower"}):
-        (ax,) = plot.imshow(np.arange(6.0).reshape(3, 2)).axes
-    assert ax.get_ylim() == (2.5, -0.5)
+def test_pixels_are_whole_dots_and_up_is_up_whatever_the_users_settings(tmp_path):
+    pixels = np.linspace(0, 1, 6).reshape(3, 2)
+    with rc_context({"image.origin": "lower", "figure.dpi": 72}):
+        figure = plot.imshow(pixels, zoom=10)
+        figure.savefig(tmp_path / "figure.png")
+    box = figure.axes[0].get_window_extent()
+    drawn = load_image(tmp_path / "figure.png", as_gray=True)[0, 0].flip(0)
+    drawn = drawn[round(box.y0) : round(box.y1), round(box.x0) : round(box.x1)]
+    assert drawn.shape == (30, 20)
+    np.testing.assert_allclose(drawn.flip(0), np.kron(pixels, np.ones((10, 10))), atol=0.01)
 
 
 def test_spectra_of_several_results(tmp_path):
@@ -277,7 +287,7 @@ def test_comparisons_share_one_scale(tmp_path):
             np.testing.assert_allclose(panel.reshape(expected.shape), expected, atol=1e-12)
     titles = [ax.get_title() for ax in panels(figure)]
     assert titles[0] == "grey\nblack 0.2, white 1.8" and titles[3].startswith("colour\n")
-    assert titles[1] == "+ 2 × most noticeable (index 0)\nλ = 9, black 0.2, white 1.8"
+    assert titles[1] == "+ 2 × most noticeable (index 0)\nλ = 9, black 0.2, white 1.8, 15 % clipped"
     assert titles[2].startswith("+ 2 × least noticeable (index 59)\nλ = ")
     assert panels(plot.compare(eds[:1]))[0].get_title() == "function\nblack 0, white 1"
     assert (

@@ -290,10 +290,13 @@ def test_arpack_without_convergence_keeps_the_largest_end(method):
 @pytest.mark.parametrize("method", ["lobpcg", "power"])
 def test_too_few_iterations_raise_or_warn(method):
     F = linear_operator(matrix_with_singular_values(10 ** -np.linspace(0, 4, 100), 120, 100))
-    with pytest.raises(ConvergenceError, match="raise maxiter, accept a larger tol") as caught:
+    with pytest.raises(
+        ConvergenceError, match=r"allow more iterations \(maxiter, in synthesize max_iter\), accept a larger tol"
+    ) as caught:
         eigenpairs(F, method=method, rng=0, maxiter=3, progress=False)
-    with pytest.warns(RuntimeWarning, match=f"method '{method}' did not reach tol=1e-06"):
+    with pytest.warns(RuntimeWarning, match=f"method '{method}' did not reach tol=1e-06") as warning:
         result = eigenpairs(F, method=method, rng=0, maxiter=3, progress=False, on_failure="warn")
+    assert warning[0].filename == __file__ and "error's .result" not in str(warning[0].message)
     assert np.array_equal(result.eigenvectors, caught.value.result.eigenvectors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,10 +154,9 @@ def eigenpairs(
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
     if stopped is not None or not result.converged.all():
-        error = ConvergenceError(_explain(result, stopped), result)
         if on_failure == "raise":
-            raise error from stopped
-        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+            raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
+        _warn(_explain(result, stopped, raised=False))
     if keeps:
         state["result"] = result
     return result
@@ -193,7 +193,7 @@ def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
     """
     anew = _certify_anew(operator, result, np.full(len(result.eigenindex), True), result.tol)
     if not anew.converged.all():
-        warnings.warn(_explain(anew, None), RuntimeWarning, stacklevel=3)
+        _warn(_explain(anew, None, raised=False))
     return anew
 
 
@@ -319,7 +319,15 @@ def progress_bar(operator: FisherOperator, name: str, total: float | None, shown
             lin.on_product = listener
 
 
-def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
+def _warn(message: str) -> None:
+    """As from the line that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:
     scale = result.lambda_max_bounds[0]
     parts = [f"method {result.method!r} did not reach tol={result.tol:.1g} in {result.n_products:g} products"]
     if stopped is not None:
@@ -335,7 +343,9 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
             "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
             "method='golub_kahan' or 'exact'"
         )
-    elif result.noise > result.tol / 4:
+    elif (
+        result.noise > result.tol / 4 and (result.residual_norms[~result.converged] <= 10 * result.noise * scale).any()
+    ):
         advice = (
             f"rounding alone gives residuals of {result.noise:.1e} λ_max; use a float64 image and model, or a "
             "larger tol"
@@ -343,6 +353,8 @@ def _explain(result: EigenResult, stopped: SolverStopped | None) -> str:
         advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
     else:
         other = "another method" if result.method == "golub_kahan" else "method='golub_kahan'"
-        advice = f"raise maxiter, accept a larger tol, or use {other}"
-    parts.append(advice + "; what was found is in the error's .result, or returned with on_failure='warn'")
+        advice = f"allow more iterations (maxiter, in synthesize max_iter), accept a larger tol, or use {other}"
+    if raised:
+        advice += "; what was found is in the error's .result, or returned with on_failure='warn'"
+    parts.append(advice)
     return ".\n".join(parts)
