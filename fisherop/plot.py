@@ -337,8 +337,8 @@ def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None 
         if least == most and vrange != (0.0, 1.0):
             raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
     low, high = vrange
-    if not high > low:
-        raise ValueError(f"vrange must ascend, got {vrange}: pass the values of black and white")
+    if not 0 < high - low < np.inf:
+        raise ValueError(f"vrange must ascend and be finite, got {vrange}: pass the values of black and white")
     return low, high
 
 

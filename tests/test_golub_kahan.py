@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_solvers import assert_truthful
 
 from fisherop import ConvergenceError, FisherOperator, Status, eigenpairs
-from fisherop.solvers.golub_kahan import _Space, chance_of_missing
+from fisherop.solvers.golub_kahan import _Search, _Space, chance_of_missing
 from fisherop.testing import matrix_with_singular_values
 
 module = importlib.import_module("fisherop.solvers.golub_kahan")  # whose function has the same name
@@ -292,7 +292,7 @@ def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
         if state["n_products"] >= 0.8 * cold.n_products:
             raise KeyboardInterrupt
 
-    with pytest.raises(ConvergenceError, match="was interrupted; with v0=result") as caught:
+    with pytest.raises(ConvergenceError, match="was interrupted; v0=result") as caught:
         solve(operator, callback=interrupt)
     partial = caught.value.result
     assert list(partial.eigenindex) == [0, 4799] and not partial.converged.all()
@@ -373,6 +373,57 @@ def test_what_was_stopped_is_not_taken_for_the_answer():
     assert "another from random vectors orthogonal to them" in result.ground and "stopped" not in result.details
 
 
+def test_more_tol_than_was_looked_for_is_no_proof_of_less():
+    """The third eigenvalue was not looked for within 1e-4 of the second, however small the residuals are."""
+    sigma = np.sqrt(np.r_[1, 1, 1 - 8e-5, np.linspace(1 - 3e-4, 0.1, 397)])
+    for seed in range(5):
+        operator, state = diagonal(sigma), {}
+        for tol in (1e-4, 1e-5):
+            result = solve(operator, 2, "largest", rng=seed, tol=tol, state=state)
+        np.testing.assert_allclose(result.eigenvalues, [1, 1], atol=3e-5)
+
+
+def test_what_is_recalled_keeps_its_claims():
+    operator, state = diagonal(np.r_[np.linspace(3, 1, 150), np.linspace(0.02, 0, 150)]), {}
+    known = solve(operator, 2, state=state)
+    before = operator.n_products
+    result = solve(operator, 1, tol=1e-3, state=state)
+    assert operator.n_products - before <= 1 + 2 + 2  # rotation, certificate, noise
+    assert result.ground == known.ground and result.lambda_max_bounds[1] <= 1.001 * 9
+    assert "nullity" in known.details and "nullity" not in result.details  # which was to 1e-6
+    with pytest.raises(ValueError, match="max_basis must be an integer from"):
+        solve(operator, 1, tol=1e-3, state=state, max_basis=3)
+
+
+def test_what_the_certificate_refutes_is_not_gone_on_from():
+    operator, state = diagonal(np.linspace(3, 1, 300)), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Search, "answer", lambda self: (None, np.eye(300)[:, [1, 2]], {}))
+        with pytest.raises(ConvergenceError, match="not extreme"):
+            solve(operator, 2, "smallest", state=state)
+    assert "search" not in state
+    np.testing.assert_allclose(solve(operator, 1, "smallest", state=state).eigenvalues, 1, atol=9e-6)
+
+
+def test_a_changed_basis_never_takes_two():
+    operator, state = diagonal(np.linspace(3, 1, 2000)), {}
+    for max_basis, kept in ((100, False), (101, False), (1000, True), (600, True), (200, False)):
+        before = state.get("search")
+        with pytest.warns(RuntimeWarning, match="took 40 steps"):
+            solve(operator, tol=1e-9, maxiter=40, max_basis=max_basis, state=state, on_failure="warn")
+        assert (state["search"] is before) == kept, max_basis
+
+
+def test_few_directions_and_many_zeros():
+    """The space is exhausted at once; and of N − M zeros none may stand for a value that is not null."""
+    for seed in range(10):
+        result = solve(diagonal(np.r_[np.ones(6), np.zeros(14)]), 2, rng=seed)
+        np.testing.assert_allclose(result.eigenvalues, [1, 1, 0, 0], atol=1e-12)
+        matrix = matrix_with_singular_values(np.r_[1, np.full(174, 0.01)], 175, 178, rng=seed)
+        result = solve(linear_operator(matrix), 2, "smallest", rng=seed, tol=1e-5)
+        assert list(result.status) == [Status.NULL] * 2
+
+
 @pytest.mark.parametrize("change", ["expand", "restart"])
 def test_an_interrupt_in_the_midst_of_a_change(change, monkeypatch):
     sigma = np.linspace(3, 1, 200)
@@ -381,9 +432,15 @@ def test_an_interrupt_in_the_midst_of_a_change(change, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    def restart(self, *args):
+        monkeypatch.setattr(module, "_combine", interrupt)
+        whole(self, *args)
+
+    whole = _Space.restart
+
     def break_off(entry):
         if entry["n_products"] >= 15:
-            monkeypatch.setattr(*((_Space, "_keep") if change == "expand" else (module, "_combine")), interrupt)
+            monkeypatch.setattr(_Space, *(("_keep", interrupt) if change == "expand" else ("restart", restart)))
 
     with pytest.raises(ConvergenceError, match="was interrupted"):
         solve(operator, max_basis=26, callback=break_off, state=state)

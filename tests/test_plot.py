@@ -76,7 +76,8 @@ def test_nothing_is_changed():
         ((1, 4, 5, 3), {}, ValueError, r"got shape \(1, 4, 5, 3\)"),
         ((6, 10), {"indices": (4,)}, IndexError, "indices holds 4, but there are 4 eigendistortions"),
         ((6, 10), {"indices": ()}, ValueError, "indices is empty: name at least one distortion"),
-        ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must ascend, got \(1, 0\): pass the values of black and"),
+        ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must ascend and be finite, got \(1, 0\): pass the val"),
+        ((6, 10), {"vrange": (0, np.inf)}, ValueError, r"vrange must ascend and be finite, got \(0, inf\): pass"),
     ],
 )
 def test_bad_arguments(shape, arguments, error, message):

@@ -85,7 +85,8 @@ def eigenpairs(
         What happens when a pair did not converge.
     state : dict, optional
         For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
-        Where the last result holds all that is asked for at `tol`, nothing is searched; else the search goes on.
+        Where the last result holds all that is asked for, to `tol` or a smaller one, and there are no options, nothing
+        is searched; else the search goes on.
     **options
         The solver's own; see there.
 
@@ -110,7 +111,7 @@ def eigenpairs(
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = spawned(rng)
     keeps = state is not None and solver is golub_kahan
-    if keeps and not options.keys() & {"v0", "orthogonal_to"}:
+    if keeps and not options:
         found = _recall(operator, state, k, which, tol)
         if found is not None:
             state["result"] = found
@@ -153,6 +154,8 @@ def eigenpairs(
             details=why | details,
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
+    if keeps and stopped is None and not result.converged.all():
+        state.pop("search", None)  # what it takes for the answer is none
     if stopped is not None or not result.converged.all():
         if on_failure == "raise":
             raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
@@ -163,7 +166,7 @@ def eigenpairs(
 
 
 def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float) -> EigenResult | None:
-    """What is asked for, where an earlier result of the operator has it all and it holds at `tol`; else None."""
+    """What is asked for, where an earlier result of the operator has it all, to this tol or a smaller one, or None."""
     result, n = state.get("result"), operator.shape[0]
     if result is None or state.get("linearization") is not operator.linearization:
         return None
@@ -171,18 +174,16 @@ def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str,
         return None
     index = _indices(k, which, n)
     here = np.isin(result.eigenindex, index)
-    if here.sum() < len(index) or not result.converged[here].all():
+    if tol < result.tol or here.sum() < len(index) or not result.converged[here].all():
         return None
     if here.all() and tol == result.tol:
         return result
-    if tol < result.tol:  # what would fail isn't certified
-        scale, noise = result.lambda_max_bounds[0], result.noise
-        together = np.cumsum(result.eigenvalues[::-1])[::-1]  # ≥ ‖J V‖₂², V this vector and all later ones
-        null = (together**0.5 + noise * scale**0.5) ** 2 <= tol * scale
-        holds = result.residual_norms + noise * scale * min(1, 4 / n**0.5) <= tol * scale
-        if not (holds | null)[here].all():
-            return None
-    anew = _certify_anew(operator, result, here, tol)
+    details = dict(result.details, lambda_min_lower=result.lambda_min_bounds[0])
+    details["lambda_max_upper"] = result.lambda_max_bounds[1]
+    if tol > result.tol:
+        details.pop("nullity", None)
+    probe = 0 if which != "smallest" else PROBE_STEPS
+    anew = _certify_anew(operator, result, here, tol=tol, probe=probe, ground=result.ground, details=details)
     return anew if anew.converged.all() else None
 
 
@@ -191,21 +192,22 @@ def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
 
     Warns where a pair does not hold there.
     """
-    anew = _certify_anew(operator, result, np.full(len(result.eigenindex), True), result.tol)
+    anew = _certify_anew(
+        operator, result, np.full(len(result.eigenindex), True), tol=result.tol, details=result.details
+    )
     if not anew.converged.all():
         _warn(_explain(anew, None, raised=False))
     return anew
 
 
-def _certify_anew(operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_], tol: float) -> EigenResult:
+def _certify_anew(operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_], **claims: Any) -> EigenResult:
     anew = certify(
         operator,
         _rayleigh_ritz(operator, result.eigenvectors[:, here]),
         result.eigenindex[here],
-        tol=tol,
         method=result.method,
         rng=0,
-        details=result.details,
+        **claims,
     )
     return dataclasses.replace(anew, n_products=result.n_products + anew.n_products)
 

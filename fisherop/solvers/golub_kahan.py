@@ -70,18 +70,19 @@ def golub_kahan(
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
     state : dict, optional
         Empty, for the search to stay in it, however it ends; with a search of this operator, to go on from there, by
-        its own random stream, for more pairs, the other end, a smaller tol, or after it was stopped. The basis takes
-        memory as long as the dict lives. A search begins anew with `v0` or `orthogonal_to`; for more pairs or the other
-        end after a restart, which kept no more than was wanted then; where `max_basis` is now too small for the basis;
-        and where, for k > 1, the look for missed eigenvalues needed its memory: where V could hold all N, or took more
-        than a quarter of `max_basis`.
+        its own random stream, for more pairs, the other end, a smaller tol, or after it was stopped. For k > 1 the look
+        for missed eigenvalues starts over, so that `maxiter` must cover it. V takes memory as long as the dict lives.
+        A search begins anew with `v0` or `orthogonal_to`, which also discard the one that was kept; for more pairs or
+        the other end after a restart, which kept no more than was wanted then; with another `max_basis`, where V took
+        more than a sixth of it; and where the look for missed eigenvalues needed the memory of V: where V could hold
+        all N, or took more than about a third of `max_basis`.
 
     Returns
     -------
     values (K,), vectors (N, K), details
         In details: ``nullity``, an estimate of the number of eigenvalues that are null to tol and its standard error,
         where some are (too large where others follow without a gap, since Ritz vectors hold a part of those);
-        ``history``, a list; ``restarts``; ``earlier``, products of the search that this call goes on from, which the
+        ``history``, a list; ``restarts``; ``earlier``, products of a search that this call went on from, which the
         history counts, too. Outer bounds of λ_min and λ_max hold with probability 0.998 over the random
         start, see `chance_of_missing`.
 
@@ -106,7 +107,7 @@ def golub_kahan(
        Ritz vectors. J. Baglama and L. Reichel, Augmented implicitly restarted Lanczos bidiagonalization methods, SIAM
        J. Sci. Comput. 27 (2005): with restarts, for the smallest end.
     """
-    m, n = operator.jacobian.shape
+    n = operator.shape[0]
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
     v0 = None if v0 is None else _columns(v0, "v0", n)
     given = np.empty((n, 0)) if orthogonal_to is None else _columns(orthogonal_to, "orthogonal_to", n)
@@ -124,16 +125,18 @@ def golub_kahan(
     search = state.pop("search", None)
     if len(given.T) or v0 is not None:
         rng, search = _independent(rng, given, v0), None
-    if search is None or not search.reopen(top, bottom, capacity):
+    if search is not None and not search.reopen(top, bottom, capacity):
+        search = None  # before there is another
+    if search is None:
         rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
         search = _Search(lin, rows, rng, capacity)
     search.ask(top, bottom, tol, maxiter or 10_000, callback)
     try:
-        search.find(k if bottom and n - m - len(given.T) >= k else 1, v0)
+        search.find(k if bottom and search.zeros >= k else 1, v0)
         search.look_for_missed()
         return search.answer()
     except KeyboardInterrupt:
-        message = "golub_kahan was interrupted; with v0=result.eigenvectors, or the same state, it goes on from there"
+        message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
         raise SolverStopped(message, *search.partial()) from None
     finally:
         if search.close():
@@ -342,6 +345,7 @@ class _Search:
     def __init__(self, linearization: Any, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
         self.lin, self.given, self.rng = linearization, given, rng
         self.n = linearization.image_size - len(given)
+        self.zeros = self.n - linearization.response_size  # as many eigenvalues, at least, are known to be zero
         self.main: _Space | None = _Space(linearization, given, self._memory(capacity), 0.0)
         self.random: Tensor | None = None  # the random start, if there was one
         self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
@@ -374,6 +378,7 @@ class _Search:
         self.found = self.fixed = self.callback = None
         if space is None or not space.is_whole or len(self.given):
             return False
+        self.ritz, self.history = None, []
         if 6 * space.m < len(space.rows):  # while there are two, they take no more than a search may take
             space.move(self._memory(space.m))
         return True
@@ -383,9 +388,11 @@ class _Search:
         space = self.main
         if space.is_restarted and (top > self.top or bottom > self.bottom):  # what it left out would be missed
             return False
-        if space.m > capacity or 6 * len(space.w) > capacity < self.n:  # or there is no room for the next restart
+        if 6 * len(space.w) > capacity < self.n:  # or there is no room for the next restart
             return False
         if len(space.rows) != capacity:
+            if 6 * len(space.rows) > capacity:  # both are more than a search may take
+                return False
             space.move(self._memory(capacity))
         return True
 
@@ -443,7 +450,7 @@ class _Search:
     def _run(self) -> None:
         """Go on until the wanted pairs have converged."""
         space, self.next_check = self.space, 0
-        may_grow = self.found is None and max(self.starts, len(space.w)) < self.k <= self.bottom
+        may_grow = self.found is None and self.starts < self.k <= self.bottom
         goes_on = space.m > 0
         while True:
             self.ritz = theta, rho, y = space.ritz() if goes_on else self._next_ritz()
@@ -457,7 +464,8 @@ class _Search:
             if self.n > _SMALL or not space.is_restarted:
                 goal[max(0, len(wanted) - self.top - 1) : len(wanted) - self.top + 1] *= 10
             settled = rho[wanted] <= goal
-            settled[: self.bottom] |= theta[: self.bottom] <= aim
+            null = theta[: self.bottom] <= aim
+            settled[: self.bottom] = null if self.zeros >= self.bottom else settled[: self.bottom] | null
             if space.m == space.n:
                 break
             if space.m >= self.top + self.bottom and settled.all():
@@ -466,7 +474,7 @@ class _Search:
                     break
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
-            elif may_grow and theta[0] <= 100 * aim:
+            elif may_grow and len(space.w) < self.k and theta[0] <= 100 * aim:
                 may_grow = False
                 if self.random is None or self._are_several(y[:, theta <= 100 * aim]):
                     space.append(self._draw(self.k - len(space.w)))
@@ -527,25 +535,32 @@ class _Search:
             return not len(distance) or bool((rho / distance)[np.argmin(distance)] <= _DELTA)
         return chance_of_missing(x, theta, self.space.c @ y, y[:p], self.space.n) <= _DELTA
 
-    def _missing(self, x: float) -> float:
-        """`chance_of_missing`, by the random start.
+    def _missing(self, x: float, pairs: slice = slice(None)) -> float:
+        """`chance_of_missing` for an eigenvector orthogonal to the other Ritz vectors, by the random start.
 
         A part of the start that is given, v0, shifts the share of h in it by a constant, so that small ones become less
         probable; the random part is 1 / inflation of the whole.
         """
         theta, _, y = self.ritz
+        theta, y = theta[pairs], y[:, pairs]
         return chance_of_missing(x, theta, self.space.c @ y, self.inflation * y[: self.starts], self.space.n)
 
     def _chance_of_more(self) -> float:
         """The chance of an eigenvalue more than 2 tol beyond those of a first run: two so close may blend in one pair.
 
-        Not known, and 0, once the random start may have been lost.
+        Beyond the extreme ones, where a look for missed ones follows. Not known, and 0, once the random start may have
+        been lost.
         """
         if self.found is not None or self.space.is_restarted:
             return 0.0
         theta, aim = self.ritz[0], self.tol * self.largest
-        above = self._missing(theta[-1] + 2 * aim) if self.top else 0.0
-        return max(above, self._missing(theta[0] - 2 * aim) if self.bottom and theta[0] > aim else 0.0)
+        top, bottom = (min(k, 1 if self.starts < self.k else k) for k in (self.top, self.bottom))
+        chance = 0.0
+        if top:
+            chance = self._missing(theta[-top] + 2 * aim, slice(len(theta) - top + 1))
+        if bottom and theta[bottom - 1] > aim:
+            chance = max(chance, self._missing(theta[bottom - 1] - 2 * aim, slice(bottom - 1, None)))
+        return chance
 
     def _bound(self) -> None:
         """Where no eigenvalue lies, but with probability 2 δ; from the random start, as long as the space holds it."""
@@ -665,7 +680,8 @@ class _Search:
         return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
 
     def details(self) -> dict[str, Any]:
-        return {"restarts": self.restarts, "history": self.history, "earlier": self.earlier}
+        earlier = {"earlier": self.earlier} if self.earlier else {}
+        return {"restarts": self.restarts, "history": self.history} | earlier
 
     def partial(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
         """What there is, largest and smallest, columns by descending value, and details."""
