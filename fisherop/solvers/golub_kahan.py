@@ -119,10 +119,11 @@ def golub_kahan(
         )
     capacity = _capacity(n - given.shape[1], k, operator.dtype.itemsize, max_basis, basis_memory)
     lin = operator.linearization
-    state = {} if state is None else state
-    if state.setdefault("linearization", lin) is not lin:
-        raise ValueError("state belongs to another operator: pass an empty dict")
-    search = state.pop("search", None)
+    search = None
+    if state is not None:
+        if state.setdefault("linearization", lin) is not lin:
+            raise ValueError("state belongs to another operator: pass an empty dict")
+        search = state.pop("search", None)
     if len(given.T) or v0 is not None:
         rng, search = _independent(rng, given, v0), None
     if search is not None and not search.reopen(top, bottom, capacity):
@@ -139,7 +140,7 @@ def golub_kahan(
         message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
         raise SolverStopped(message, *search.partial()) from None
     finally:
-        if search.close():
+        if state is not None and search.close():
             state["search"] = search
 
 
