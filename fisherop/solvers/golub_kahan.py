@@ -251,7 +251,7 @@ class _Space:
     def is_full(self) -> bool:
         return self.m + len(self.w) > self.capacity
 
-    def tensor(self, array: NDArray) -> Tensor:
+    def tensor(self, array: NDArray | Tensor) -> Tensor:
         return torch.as_tensor(array, dtype=self.rows.dtype, device=self.rows.device)
 
     def _keep(self, w: Tensor) -> None:
@@ -307,9 +307,9 @@ class _Space:
         return images, self.lin.vjp(images).reshape(len(rows), -1).div_(self.scale)
 
     def ritz(self) -> tuple[NDArray, NDArray, NDArray]:
-        """Ritz values, ascending; the norms of their residuals; their vectors in V's coordinates, columns."""
-        theta, y = np.linalg.eigh(self.t)
-        return theta, np.linalg.norm(self.c @ y, axis=0), y
+        """Ritz values, ascending; their residuals C y in W's coordinates (b, m); their vectors y in V's, columns."""
+        theta, y = _eigh(self.t)
+        return theta.numpy(), (torch.as_tensor(self.c) @ y).numpy(), y.numpy()
 
     def vectors(self, y: NDArray) -> Tensor:
         return self.tensor(y.T) @ self.v
@@ -321,22 +321,21 @@ class _Space:
         [L; C L⁻ᵀ] are Lᵀq, accurate at both ends. For kept vectors Q the residuals of F V Q lie in W − V A⁻¹ Cᵀ,
         orthogonalised to V Q.
         """
-        a = self.t + shift * np.eye(self.m)
-        factor = np.linalg.cholesky(a)
-        beside = np.linalg.solve(factor, self.c.T).T
-        z = np.linalg.svd(np.vstack([factor, beside]))[2].T
-        kept = np.linalg.solve(factor.T, z[:, np.r_[:high, self.m - low : self.m]])
-        q = np.linalg.qr(kept / np.linalg.norm(kept, axis=0))[0]
+        t, c = torch.as_tensor(self.t), torch.as_tensor(self.c)
+        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype))
+        beside = torch.linalg.solve_triangular(factor, c.T, upper=False).T
+        z = torch.linalg.svd(torch.cat([factor, beside]), full_matrices=False)[2].T
+        kept = torch.linalg.solve_triangular(factor.T, z[:, np.r_[:high, self.m - low : self.m]], upper=True)
+        q = torch.linalg.qr(kept / torch.linalg.vector_norm(kept, dim=0))[0]
         self.is_whole = False
-        w = self.w.addmm_(self.tensor(np.linalg.solve(a, self.c.T).T), self.v, alpha=-1)
-        c = self.c @ q
-        t = q.T @ self.t @ q
+        w = self.w.addmm_(self.tensor(torch.cholesky_solve(c.T, factor).T), self.v, alpha=-1)
+        t = q.T @ t @ q
         _combine(self.v, self.tensor(q.T))
-        self.t = (t + t.T) / 2
+        self.t = ((t + t.T) / 2).numpy()
         for _ in range(2):
             _project(w, self.rows[: self.n_fixed + self.m])
         self.w, r = _orthonormalise(w, floor=0.0)
-        self.c = r @ c
+        self.c = r @ (c @ q).numpy()
         self.is_restarted = self.is_whole = True
 
 
@@ -454,8 +453,8 @@ class _Search:
         may_grow = self.found is None and self.starts < self.k <= self.bottom
         goes_on = space.m > 0
         while True:
-            self.ritz = theta, rho, y = space.ritz() if goes_on else self._next_ritz()
-            goes_on = False
+            self.ritz = theta, residuals, y = space.ritz() if goes_on else self._next_ritz()
+            goes_on, rho = False, np.linalg.norm(residuals, axis=0)
             self.largest = max(self.largest, theta[-1])
             aim = self.tol * self.largest
             wanted = self._wanted(len(theta))
@@ -500,7 +499,8 @@ class _Search:
         space.begin(self.given, self.fixed)
         space.append(self._draw(p))
         while True:
-            self.ritz = t, r, y = self._next_ritz()
+            self.ritz = t, residuals, y = self._next_ritz()
+            r = np.linalg.norm(residuals, axis=0)
             self._record(theta, rho)
             # the pairs that belong among the wanted ones, so many as there can be of them, and the next
             i = min(np.count_nonzero(t < low_end[-1] - aim), self.bottom) if below else 0
@@ -527,14 +527,15 @@ class _Search:
         The random start may be lost in a restart. Then the residual of the nearest pair decides, relative to the
         distance: the missed vector, whose share in the random start is about that of the pair's own, would show in it.
         """
-        theta, rho, y = (a[..., pairs] for a in self.ritz)
+        theta, residuals, y = (a[..., pairs] for a in self.ritz)
+        rho = np.linalg.norm(residuals, axis=0)
         aim = self.tol * self.largest
         is_open = (rho > 0.01 * aim) | (abs(theta - x) > 2 * aim)
-        theta, rho, y = theta[is_open], rho[is_open], y[:, is_open]
+        theta, rho, residuals, y = theta[is_open], rho[is_open], residuals[:, is_open], y[:, is_open]
         if self.space.is_restarted:
             distance = abs(theta - x)
             return not len(distance) or bool((rho / distance)[np.argmin(distance)] <= _DELTA)
-        return chance_of_missing(x, theta, self.space.c @ y, y[:p], self.space.n) <= _DELTA
+        return chance_of_missing(x, theta, residuals, y[:p], self.space.n) <= _DELTA
 
     def _missing(self, x: float, pairs: slice = slice(None)) -> float:
         """`chance_of_missing` for an eigenvector orthogonal to the other Ritz vectors, by the random start.
@@ -542,9 +543,8 @@ class _Search:
         A part of the start that is given, v0, shifts the share of h in it by a constant, so that small ones become less
         probable; the random part is 1 / inflation of the whole.
         """
-        theta, _, y = self.ritz
-        theta, y = theta[pairs], y[:, pairs]
-        return chance_of_missing(x, theta, self.space.c @ y, self.inflation * y[: self.starts], self.space.n)
+        theta, residuals, y = (a[..., pairs] for a in self.ritz)
+        return chance_of_missing(x, theta, residuals, self.inflation * y[: self.starts], self.space.n)
 
     def _chance_of_more(self) -> float:
         """The chance of an eigenvalue more than 2 tol beyond those of a first run: two so close may blend in one pair.
@@ -594,7 +594,7 @@ class _Search:
         t = np.zeros((len(self.fixed), len(self.fixed)))
         t[:old, :old] = np.diag(self.fixed_theta)
         t[:, old:], t[old:, :] = beside, beside.T
-        theta, y = np.linalg.eigh((t + t.T) / 2)
+        theta, y = (x.numpy() for x in _eigh((t + t.T) / 2))
         wanted, ends = self._wanted(len(theta)), self._ends(len(theta), len(theta))
         self.found = theta[wanted], np.zeros(len(wanted)), space.tensor(y[:, wanted].T) @ self.fixed
         self.fixed, self.fixed_theta = _combine(self.fixed, space.tensor(y[:, ends].T)), theta[ends]
@@ -640,7 +640,7 @@ class _Search:
     def _estimate_number(self, y: NDArray) -> tuple[float, float]:
         """How many of N eigenvalues stand behind Ritz vectors: N × the random start's share in them; its deviation."""
         b = len(self.random)
-        share = np.square(y.T @ _inner(self.space.v, self.random)).sum() / b
+        share = np.square(np.einsum("ij,ik", y, _inner(self.space.v, self.random))).sum() / b
         count = share * self.n
         return count, math.sqrt(2 * count / b)
 
@@ -694,6 +694,11 @@ class _Search:
         vectors = rows.flip(0).T.cpu().numpy()
         top = min(self.top, vectors.shape[1])
         return vectors[:, :top], vectors[:, top:], self.details()
+
+
+def _eigh(t: NDArray) -> tuple[Tensor, Tensor]:
+    # by torch, here and in a restart: NumPy's own threads contend with torch's for the cores, at up to 5 × the time
+    return torch.linalg.eigh(torch.as_tensor(t))
 
 
 def _project(block: Tensor, basis: Tensor) -> None:
