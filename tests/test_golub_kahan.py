@@ -231,6 +231,22 @@ def test_directions_from_rounding_take_nothing_from_the_others(dtype):
         assert_close(np.linalg.eigvalsh(space.t)[-2:], [1e-5, 1], dtype, factor=30)
 
 
+def test_a_restart_with_a_value_that_rounding_made_negative():
+    """After many of them in float32, T can have one below the shift, with which it was not positive definite."""
+    search = _Search(diagonal(np.linspace(1, 0.1, 100)).linearization, torch.empty(0, 100).double(), None, 26)
+    search.ask(1, 1, 1e-6, 100, None)
+    space = search.space
+    space.append(torch.as_tensor(np.random.default_rng(0).standard_normal((1, 100))))
+    while not space.is_full:
+        space.expand()
+    theta = space.ritz()[0]
+    search.largest = theta[-1]
+    space.t -= (theta[0] + 1e-5) * np.eye(space.m)
+    search.ritz = space.ritz()
+    search._make_room()
+    assert search.restarts == 1 and np.isfinite(space.t).all() and 0 < space.m < 26
+
+
 def test_vectors_of_few_pixels_keep_the_basis_orthonormal():
     """In float32 a long sum that holds a product near 1 loses the small ones: V was wrong by 1e-4, T by 4e-4."""
     sigma = torch.cat([torch.tensor([4.0, 4.0, 3.0]), torch.linspace(2, 1, 2**20 - 3)])

@@ -288,16 +288,22 @@ class _Space:
             if bool((torch.linalg.vector_norm(fw, dim=1) > 0.5 * before).all()):
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
-        w, r = _orthonormalise(fw, floor=self.eps * np.abs(t).max())
-        if b > 1:  # short directions of a block are not orthogonal to V yet, nor to longer ones
-            _project(w, basis)
-            w, again = _reorthonormalise(w)
-            r = again @ r
+        w, r = self._orthonormalise(fw, basis, floor=self.eps * np.abs(t).max())
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.is_whole = False
         self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
         self._keep(w)
         self.is_whole = True
+
+    def _orthonormalise(self, block: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, NDArray]:
+        """`_orthonormalise`, and orthogonal to the basis, of a block that is so beside its longest direction."""
+        block, r = _orthonormalise(block, floor)
+        kept = 0.0 if len(block) > 1 else 1.0
+        while kept < 0.9:
+            _project(block, basis)
+            block, again = _reorthonormalise(block)
+            r, kept = again @ r, np.abs(np.diag(again)).min(initial=1.0)
+        return block, r
 
     def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """J times rows, and F times rows, before the projection."""
@@ -332,9 +338,10 @@ class _Space:
         t = q.T @ t @ q
         _combine(self.v, self.tensor(q.T))
         self.t = ((t + t.T) / 2).numpy()
+        basis = self.rows[: self.n_fixed + self.m]
         for _ in range(2):
-            _project(w, self.rows[: self.n_fixed + self.m])
-        self.w, r = _orthonormalise(w, floor=0.0)
+            _project(w, basis)
+        self.w, r = self._orthonormalise(w, basis, floor=0.0)
         self.c = r @ (c @ q).numpy()
         self.is_restarted = self.is_whole = True
 
@@ -618,7 +625,9 @@ class _Search:
             self.restarts += 1
             spare = (space.capacity - self.k) // 3
             low, high = (self.bottom + spare, self.top + 3) if self.bottom else (0, self.top + spare)
-            space.restart(low, high, max(self.tol / 10, 10 * space.eps) * self.largest)
+            # what is below zero is rounding
+            shift = max(max(self.tol / 10, 10 * space.eps) * self.largest, -2 * self.ritz[0][0])
+            space.restart(low, high, shift)
             self.next_check = 0
 
     def _ends(self, m: int, more: int) -> NDArray:
