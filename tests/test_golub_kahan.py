@@ -84,7 +84,7 @@ def test_no_claim_is_false():
 
 def test_no_claim_is_false_where_a_search_goes_on():
     """For more or fewer pairs, another end, another tol, another size of basis, after it was stopped."""
-    unconverged = []
+    unconverged = set()
     step = st.tuples(
         st.integers(1, 5), st.sampled_from(["both", "largest", "smallest"]), st.sampled_from([1, 30, 1000]),
         st.sampled_from([None, None, 2]), st.booleans(),
@@ -108,11 +108,11 @@ def test_no_claim_is_false_where_a_search_goes_on():
             except ConvergenceError as error:
                 result = error.result
                 if maxiter is None:
-                    unconverged.append(error)
+                    unconverged.add(matrix.tobytes())
             assert_truthful(result, matrix)
 
     one()
-    assert len(unconverged) <= 8  # of 450; 1 in 1,000 is expected
+    assert len(unconverged) <= 8  # of 150 problems, 450 calls; of these 1 in 1,000 is expected
 
 
 # products in the order of SPECTRA: of a published strategy at the smallest end, times 1.1, or 1.3 for a small basis
@@ -362,11 +362,12 @@ def test_an_interrupt_at_any_product_leaves_what_a_search_can_go_on_from(product
     with pytest.raises((KeyboardInterrupt, ConvergenceError)):
         solve(operator, k, max_basis=max_basis, state=state)
     operator.linearization.on_product = None
+    assert k > 1 or "search" in state
     if "search" in state:
         space = state["search"].main
         v, w = space.v.numpy(), space.w.numpy()
-        relation = v * sigma**2 / space.scale**2 - space.t @ v - space.c.T @ w if len(v) else np.zeros(1)
-        assert np.abs(relation).max() <= 1e-12 * (sigma[0] / space.scale) ** 2 if len(v) else True
+        relation = v * (sigma / (space.scale or 1.0)) ** 2 - space.t @ v - space.c.T @ w
+        assert np.abs(relation).max(initial=0) <= 1e-12 * np.abs(space.t).max(initial=0)
     result = solve(operator, k, max_basis=max_basis, state=state)
     assert np.abs(result.eigenvalues - sigma[result.eigenindex] ** 2).max() <= 9e-6
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_shown():
 
 
 def test_what_did_not_converge_warns():
-    """Of the user's own line, of what is not there, and not of rounding, which is far below."""
+    """At the user's own line, and without blaming rounding, which is far below the residuals."""
     ed = po.Eigendistortion(torch.linspace(0, 1, 60), linear_model(MATRIX, torch.float32))
     with pytest.warns(RuntimeWarning, match=r"did not reach tol=1e-07 (?s:.*)synthesize max_iter.*golub_kahan'\Z") as w:
         ed.synthesize(method="power", max_iter=2, tol=1e-7, progress=False, rng=0)

@@ -192,15 +192,15 @@ def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
 
     Warns where a pair does not hold there.
     """
-    anew = _certify_anew(
-        operator, result, np.full(len(result.eigenindex), True), tol=result.tol, details=result.details
-    )
+    anew = _certify_anew(operator, result, slice(None), tol=result.tol, details=result.details)
     if not anew.converged.all():
         _warn(_explain(anew, None, raised=False))
     return anew
 
 
-def _certify_anew(operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_], **claims: Any) -> EigenResult:
+def _certify_anew(
+    operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_] | slice, **claims: Any
+) -> EigenResult:
     anew = certify(
         operator,
         _rayleigh_ritz(operator, result.eigenvectors[:, here]),

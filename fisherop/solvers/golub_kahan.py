@@ -288,22 +288,12 @@ class _Space:
             if bool((torch.linalg.vector_norm(fw, dim=1) > 0.5 * before).all()):
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
-        w, r = self._orthonormalise(fw, basis, floor=self.eps * np.abs(t).max())
+        w, r = _orthonormalise_beside(fw, basis, floor=self.eps * np.abs(t).max())
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.is_whole = False
         self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
         self._keep(w)
         self.is_whole = True
-
-    def _orthonormalise(self, block: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, NDArray]:
-        """`_orthonormalise`, and orthogonal to the basis, of a block that is so beside its longest direction."""
-        block, r = _orthonormalise(block, floor)
-        kept = 0.0 if len(block) > 1 else 1.0
-        while kept < 0.9:
-            _project(block, basis)
-            block, again = _reorthonormalise(block)
-            r, kept = again @ r, np.abs(np.diag(again)).min(initial=1.0)
-        return block, r
 
     def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """J times rows, and F times rows, before the projection."""
@@ -341,7 +331,7 @@ class _Space:
         basis = self.rows[: self.n_fixed + self.m]
         for _ in range(2):
             _project(w, basis)
-        self.w, r = self._orthonormalise(w, basis, floor=0.0)
+        self.w, r = _orthonormalise_beside(w, basis, floor=0.0)
         self.c = r @ (c @ q).numpy()
         self.is_restarted = self.is_whole = True
 
@@ -740,8 +730,19 @@ def _orthonormalise(block: Tensor, floor: float) -> tuple[Tensor, NDArray]:
     return _combine(block, torch.as_tensor(right / s, device=block.device)), s * right
 
 
+def _orthonormalise_beside(block: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, NDArray]:
+    """The same, and Q orthogonal to the rows of an orthonormal basis, to which a long direction of the block was."""
+    block, r = _orthonormalise(block, floor)
+    kept = 0.0 if len(block) > 1 else 1.0  # of the shortest vector
+    while kept < 0.9:
+        _project(block, basis)
+        block, again = _reorthonormalise(block)
+        r, kept = again @ r, np.abs(np.diag(again)).min(initial=1.0)
+    return block, r
+
+
 def _reorthonormalise(block: Tensor) -> tuple[Tensor, NDArray]:
-    """The same for unit vectors, nearly orthogonal but for the last ones, which come from rounding: these are left out.
+    """Q and R of unit vectors that are nearly orthogonal but for the last, which come from rounding and are left out.
 
     Each vector keeps its direction beside those before it, so that a longer one loses nothing to shorter ones.
     """
