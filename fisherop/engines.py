@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fisherop.rewrite import lower, simplify
 from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
@@ -52,18 +53,18 @@ class Traced:
     def resume(cls, image: Tensor, model: Any) -> Traced | None:
         """By the program that an earlier image left, if it still holds."""
         kept = _PROGRAMS.get(model, {}) if _can_be_kept(model) else {}
-        fingerprint, program = kept.get(_kind(image), (None, None))
+        fingerprint, program, precision = kept.get(_kind(image), (None, None, 0.0))
         if program is None or fingerprint != _fingerprint(model):
             return None
         self = cls.__new__(cls)
-        self._program = program
+        self._program, self.precision = program, precision
         self.response, *self._constants = program.prepare(image)
         return self
 
-    def keep(self, image: Tensor, model: Any) -> None:
+    def keep(self, image: Tensor, model: Any, precision: float) -> None:
         """Let later images of this kind resume the program, once it has been found right."""
         if _can_be_kept(model) and not self._program.reads_image:
-            _PROGRAMS.setdefault(model, {})[_kind(image)] = _fingerprint(model), self._program
+            _PROGRAMS.setdefault(model, {})[_kind(image)] = _fingerprint(model), self._program, precision
 
     @staticmethod
     def forget(image: Tensor, model: Any) -> None:
@@ -150,8 +151,9 @@ class _Program:
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 
-# per module and kind of image: what the program depends on, and the program
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, _Program]]] = weakref.WeakKeyDictionary()
+# of a module, by kind of image: what the program depends on, the program, and its least precise step
+_Programs = dict[Hashable, tuple[Hashable, _Program, float]]
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, _Programs] = weakref.WeakKeyDictionary()
 
 
 def _can_be_kept(model: Any) -> bool:
@@ -163,12 +165,7 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     v, u = torch.ones_like(image), torch.ones_like(response)
     x, *vectors = (tape.input(value, level) for value, level in ((image, IMAGE), (v, LINEAR), (u, LINEAR)))
 
-    def products(x: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        answer, transpose, jv = torch.func.vjp(lambda x: torch.func.jvp(respond, (x,), (v,)), x, has_aux=True)
-        return answer, jv, transpose(u)[0]
-
-    # the image is an argument of what is functionalised, so that nothing computed from it is changed in place
-    answer, forward, backward = tape.record(lambda: torch.func.functionalize(products)(image, v, u))
+    answer, forward, backward = tape.record(lambda: _products(respond, image, v, u))
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
     vectors = dict(zip(("jvp", "vjp"), vectors, strict=True))
@@ -218,18 +215,18 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Functional:
-    """Forward-mode for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
+    """Dual numbers for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self._respond = respond
         self._image = image
-        _, self._backward = torch.func.vjp(respond, image)
+        self._graph = with_graph(respond, image)
 
     def jvp(self, tangents: Tensor) -> Tensor:
-        return _batched(lambda tangent: torch.func.jvp(self._respond, (self._image,), (tangent,))[1], tangents)
+        return _batched(lambda tangent: forward_mode(self._respond, self._image, tangent)[1], tangents)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
-        return _batched(lambda cotangent: self._backward(cotangent)[0], cotangents)
+        return _gradients(*self._graph, cotangents)
 
 
 class DoubleBackward:
@@ -239,20 +236,43 @@ class DoubleBackward:
     """
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
+        self._graph = with_graph(respond, image)
         with torch.enable_grad():
-            self._image = image.clone().requires_grad_()
-            self._response = respond(self._image)
-            self._u = torch.zeros_like(self._response, requires_grad=True)
-            (self._g,) = torch.autograd.grad(self._response, self._image, self._u, create_graph=True)
+            self._u = torch.zeros_like(self._graph[0], requires_grad=True)
+            (self._g,) = torch.autograd.grad(*self._graph, self._u, create_graph=True)
 
     def jvp(self, tangents: Tensor) -> Tensor:
         return _gradients(self._g, self._u, tangents)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
-        return _gradients(self._response, self._image, cotangents)
+        return _gradients(*self._graph, cotangents)
 
 
 ENGINES = {"traced": Traced, "functional": Functional, "double_backward": DoubleBackward}
+
+
+def forward_mode(respond: Callable[[Tensor], Tensor], image: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """The response and J v, flat, by PyTorch's dual numbers."""
+    with forward_ad.dual_level():
+        response, jv = forward_ad.unpack_dual(respond(forward_ad.make_dual(image, tangent)))
+    return response, torch.zeros_like(response) if jv is None else jv
+
+
+def with_graph(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+    """The response with the graph of its computation, and the image that this starts from."""
+    with torch.enable_grad():
+        start = image.detach().requires_grad_()
+        response = respond(start)
+    if not response.requires_grad:
+        raise RuntimeError("the response has no gradient")
+    return response, start
+
+
+def _products(respond: Callable, image: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The response, J v and Jᵀu, by operations that a tape can hold."""
+    response, jv = forward_mode(respond, image, v)
+    (jtu,) = torch.autograd.grad(*with_graph(respond, image), u)
+    return response, jv, jtu
 
 
 def _batched(one: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:

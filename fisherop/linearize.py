@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
-from fisherop.engines import ENGINES, Traced
+from fisherop.compat import prepare_recording
+from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
+from fisherop.guard import Guard
+from fisherop.response import Response, check_image, check_model, examine
+from fisherop.slopes import check_slope
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
@@ -92,58 +92,99 @@ class Linearization:
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
-        _check_image(image)
+        check_image(image)
         if engine != "auto" and engine not in ENGINES:
             raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-        if not callable(model):
-            raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
-        _check_model(image, model)
+        check_model(image, model)
         self.model = model
         self.on_product: Callable[[float], None] | None = None
+        self._options = {"engine": engine, "chunk_size": chunk_size}
+        prepare_recording()
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
+            self._respond = Response(model)
+            self._precision = torch.finfo(image.dtype).eps
             self.engine_report: tuple[str, ...] = ()
             self.n_jvp = self.n_vjp = 0
             names = tuple(ENGINES) if engine == "auto" else (engine,)
             if not ("traced" in names and self._resume(chunk_size)):
-                self.response, activation_bytes = _check_response(model, self.image)
-                self._choose_engine(names, chunk_size, activation_bytes)
+                self._examine(names, chunk_size)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
+
+    def __reduce__(self) -> tuple:
+        return _rebuilt, (self.image, self.model, self._options)
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
+        engine, guard = None, Guard(self.model)
         try:
             engine = Traced.resume(self.image, self.model)
             if engine is None:
                 return False
             self._engine = engine
             v = self._random((1, *self.image_shape), seed=0)
-            response, reference = self._forward_mode(v)
+            response, reference = forward_mode(self._respond, self.image, v[0])
             self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
-            self.response = response.reshape(self._leaf_shape)
+            self.response = response.clone().reshape(self._respond.shape)
+            self._precision = max(self._precision, engine.precision)
             self._check_engine(v, reference, chunk_size or engine.chunk_size)
         except (RuntimeError, ValueError) as error:
             Traced.forget(self.image, self.model)
             self._report(f"traced: the program of an earlier image is rejected, {error}")
             return False
+        finally:
+            if engine is not None:
+                guard.restore()
         self._report(self._in_use("traced", "by the program of an earlier image, "))
         return True
 
-    def _choose_engine(self, names: tuple[str, ...], chunk_size: int | None, activation_bytes: int) -> None:
-        """Take the first engine that can be built and is right."""
+    def _examine(self, names: tuple[str, ...], chunk_size: int | None) -> None:
+        """See what the model does when it is called; then choose an engine, and leave the model as after one call."""
+        before = guard = Guard(self.model, values=True)
+        try:
+            seen, guard = examine(self._respond, self.image, before)
+            self.response = seen.response.reshape(self._respond.shape)
+            self._precision = max(self._precision, seen.precision)
+            self._choose_engine(names, chunk_size, seen.bytes, guard)
+            decided = check_slope(
+                self._respond,
+                self._respond.sizes,
+                self.image,
+                self._checked[0][0],
+                self._checked[1],
+                self._slope_by_backward if isinstance(self._engine, DoubleBackward) else self._slope,
+                precision=self._precision,
+                detaches=seen.detaches,
+            )
+            if isinstance(self._engine, Traced):
+                self._engine.keep(self.image, self.model, self._precision)
+            if not decided:
+                self._report("rounding hides the slope of the response, so that J v could not be held against it")
+        except BaseException:
+            guard = before
+            raise
+        finally:
+            guard.restore()
+
+    def _choose_engine(self, names: tuple[str, ...], chunk_size: int | None, bytes_: int, guard: Guard) -> None:
+        """Take the first engine that can be built, is right, and leaves the model as it was."""
         v = self._random((1, *self.image_shape), seed=0)
         for name in names:
             try:
                 self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
                 if isinstance(engine, Traced):
-                    self._check_engine(v, self._forward_mode(v)[1], chunk_size or engine.chunk_size)
-                    engine.keep(self.image, self.model)
+                    reference = self._slope(self.image, v[0])
+                    self._check_engine(v, reference, chunk_size or engine.chunk_size)
                 else:
-                    default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, activation_bytes)))
+                    default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
                     self._check_engine(v, None, chunk_size or default)
+                changed = guard.restore()
+                if changed:
+                    raise RuntimeError(f"it changes the model's {changed[0]}")
             except (RuntimeError, ValueError) as error:
+                guard.restore()
                 self._report(f"{name}: rejected, {str(error).splitlines()[0]}")
                 if name != "traced" and isinstance(error, ValueError):
                     raise  # the model is at fault, not the engine
@@ -153,6 +194,12 @@ class Linearization:
             else:
                 self._report(self._in_use(name))
                 return
+
+    def _slope(self, x: Tensor, v: Tensor) -> Tensor:
+        return forward_mode(self._respond, x, v)[1]
+
+    def _slope_by_backward(self, x: Tensor, v: Tensor) -> Tensor:
+        return DoubleBackward(self._respond, x, self._respond(x)).jvp(v[None])[0]
 
     def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int) -> None:
         """Of its products, and of blocks, which are taken apart where that fails; a traced engine tries each size."""
@@ -199,7 +246,14 @@ class Linearization:
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
         self._check_block(tangents, "tangents", self.image_shape)
-        return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
+        if not isinstance(self._engine, Functional):
+            return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
+        with _ONE_AT_A_TIME:  # which runs the model
+            guard = Guard(self.model)
+            try:
+                return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
+            finally:
+                guard.restore()
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
@@ -227,13 +281,6 @@ class Linearization:
         with _ONE_AT_A_TIME, torch.no_grad():
             return self._respond(image)
 
-    def _respond(self, x: Tensor) -> Tensor:
-        leaves = _answer(self.model, x)
-        flat = _flatten(leaves)
-        self._leaf_shape = leaves[0].shape if len(leaves) == 1 else flat.shape
-        self._leaf_sizes = [leaf.numel() for leaf in leaves]
-        return flat
-
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
         if not isinstance(block, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(block).__name__}")
@@ -249,12 +296,6 @@ class Linearization:
     def _random(self, shape: tuple[int, ...], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(20171127 + seed)  # no seed of the user's, or v might be the image
         return torch.randn(shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
-
-    def _forward_mode(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The response and J v, flat, by PyTorch itself."""
-        with forward_ad.dual_level():
-            response, jv = forward_ad.unpack_dual(self._respond(forward_ad.make_dual(self.image, v[0])))
-            return response.clone(), torch.zeros_like(response) if jv is None else jv.clone()
 
     def _vectorises(self, v: Tensor) -> bool:
         """Whether blocks of products work, are right, and are more than a loop with a warning at every call."""
@@ -278,7 +319,7 @@ class Linearization:
     def _check_close(self, what: str, actual: Tensor, reference: Tensor, tolerance: float) -> None:
         """Refuse a flat response that differs from an independent one, in any of the tensors that it consists of."""
         floor = 4 * torch.finfo(reference.dtype).eps * torch.linalg.vector_norm(reference.double()).item()
-        for a, b in zip(actual.split(self._leaf_sizes), reference.split(self._leaf_sizes), strict=True):
+        for a, b in zip(actual.split(self._respond.sizes), reference.split(self._respond.sizes), strict=True):
             error, norm = (torch.linalg.vector_norm(x.double()).item() for x in (a - b, b))
             if not error <= tolerance * norm + floor:
                 raise RuntimeError(
@@ -299,9 +340,10 @@ class Linearization:
                 "a square root, norm or division of zero is the usual cause: add a small constant inside it"
             )
         if reference is not None:
-            self._check_close("J v", jv[0], reference, _tolerance(jv.dtype))
+            self._check_close("J v", jv[0], reference, max(_tolerance(jv.dtype), self._precision**0.5))
         forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
-        allowed = _tolerance(jv.dtype) * max(torch.linalg.vector_norm(x.double()).item() for x in (jv, jtu))
+        tolerance = max(_tolerance(jv.dtype), self._precision**0.5)
+        allowed = tolerance * max(torch.linalg.vector_norm(x.double()).item() for x in (jv, jtu))
         if abs(forward - reverse) > allowed:
             raise ValueError(
                 f"the model's forward-mode and reverse-mode derivatives disagree: ⟨J v, u⟩ = {forward:.6e}, "
@@ -311,177 +353,12 @@ class Linearization:
             )
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
+        self._checked = v, jv[0]
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** 0.5
 
 
-def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}: use torch.as_tensor(image)")
-    if image.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
-    if image.numel() == 0:
-        raise ValueError(f"image is empty: its shape is {tuple(image.shape)}")
-    if image.ndim >= 4 and image.shape[0] > 1:
-        raise ValueError(
-            f"image must be one image, got a batch of {image.shape[0]} (shape {tuple(image.shape)}): take them one at "
-            "a time, `for one in image.split(1)`; where the first dimension is no batch, pass `image[None]` and "
-            "`lambda x: model(x[0])`"
-        )
-    if not torch.isfinite(image).all():
-        raise ValueError("image holds NaN or infinity")
-
-
-def _check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        learns = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        if module.training and (drops or learns):
-            raise ValueError(
-                f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
-                "response is random or depends on its history: call model.eval() first"
-            )
-    if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
-        raise ValueError(
-            "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "
-            "use torch.no_grad there"
-        )
-    state = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
-    for what, own, theirs in (
-        ("device", image.device, {t.device for t in state}),
-        ("dtype", image.dtype, {t.dtype for t in state}),
-    ):
-        if state and own not in theirs:
-            others = ", ".join(sorted(map(str, theirs)))
-            raise ValueError(
-                f"image and model must share one {what}, got an image of {own} and a model of {others}: use "
-                "image.to(...) or model.to(...)"
-            )
-
-
-def _buffers(model: Callable[[Tensor], Any]) -> dict[str, Tensor]:
-    """Copies of a module's buffers."""
-    return {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
-
-
-def _check_buffers(model: Callable[[Tensor], Any], before: dict[str, Tensor], after_first: dict[str, Tensor]) -> None:
-    """Refuse a module whose second call changes a buffer, with its buffers as they were before the first."""
-    for name, now in _buffers(model).items():
-        first = after_first.get(name)
-        same = first is not None and first.shape == now.shape
-        if same and torch.allclose(first, now, rtol=0, atol=0, equal_nan=True):
-            continue
-        for other, buffer in model.named_buffers():
-            if other in before and before[other].shape == buffer.shape:
-                buffer.copy_(before[other])
-        raise ValueError(
-            f"model changes its buffer {name!r} at every call, so that its response depends on its history: freeze "
-            "it, by model.eval() or in the model's forward"
-        )
-
-
-class _ActivationBytes(TorchDispatchMode):
-    """Adds up the bytes of everything that a forward pass computes: a bound on what it can hold at once."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and isinstance(out, Tensor):
-            self.total += out.numel() * out.element_size()
-        return out
-
-
-def _check_response(model: Callable[[Tensor], Any], image: Tensor) -> tuple[Tensor, int]:
-    """Run the model twice; return its response, and the bytes of its activations."""
-    before = _buffers(model)
-    with torch.enable_grad():
-        x = image.clone().requires_grad_()
-        leaves = _answer(model, x)
-        for leaf in leaves:
-            if leaf.dtype != image.dtype or leaf.device != image.device:
-                raise TypeError(
-                    f"the response must be {image.dtype} on {image.device} like the image, got {leaf.dtype} on "
-                    f"{leaf.device}: let the model return only what it computes from the image in that dtype"
-                )
-        flat = _flatten(leaves)
-        if flat.numel() == 0:
-            raise ValueError("the model's response is empty")
-    if not _depends_on(flat, x):
-        raise ValueError(
-            "the model's response has no gradient with respect to the image: it does not depend on the image, or only "
-            "through steps that can't be differentiated (detach, no_grad, rounding, argmax, conversion to NumPy)"
-        )
-    response = (leaves[0] if len(leaves) == 1 else flat).detach().clone()
-    if not torch.isfinite(response).all():
-        raise ValueError("the model's response to this image holds NaN or infinity")
-    after_first = _buffers(model)
-    with _ActivationBytes() as activations:
-        again = _flatten(_answer(model, image))
-    _check_buffers(model, before, after_first)
-    if again.numel() != response.numel():
-        raise ValueError(f"the model answered with {response.numel()} values, then with {again.numel()}")
-    difference = float((again - response.flatten()).abs().max())
-    scale = float(response.abs().max())
-    if not difference <= 100 * torch.finfo(image.dtype).eps * scale:
-        raise ValueError(
-            f"the model answers differently when asked twice: its responses differ by up to {difference:.2g} where "
-            f"they reach {scale:.2g}; remove its randomness (model.eval(), a fixed seed inside)"
-        )
-    return response, activations.total
-
-
-def _depends_on(y: Tensor, x: Tensor) -> bool:
-    """Whether PyTorch's graph leads from y to its leaf x."""
-    seen, stack = set(), [y.grad_fn]
-    while stack:
-        step = stack.pop()
-        if step is not None and step not in seen:
-            if getattr(step, "variable", None) is x:
-                return True
-            seen.add(step)
-            stack.extend(parent for parent, _ in step.next_functions)
-    return False
-
-
-def _answer(model: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
-    """The tensors of the model's response to a copy of x, which an in-place first layer may change."""
-    with _differentiable_attention():
-        return _leaves(model(x.clone()))
-
-
-@contextlib.contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention by its formula: its fused kernels have no forward mode. PyTorch's switches are as before afterwards."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _leaves(response: Any) -> list[Tensor]:
-    """The tensors of a nested response, in order."""
-    if isinstance(response, Tensor):
-        return [response]
-    if isinstance(response, Mapping):
-        return [leaf for part in response.values() for leaf in _leaves(part)]
-    if isinstance(response, tuple | list):
-        return [leaf for part in response for leaf in _leaves(part)]
-    raise TypeError(
-        "the model's response must be a tensor, or a nesting of tuples, lists and dicts of tensors; "
-        f"it holds {type(response).__name__}"
-    )
-
-
-def _flatten(leaves: list[Tensor]) -> Tensor:
-    if not leaves:
-        raise ValueError("the model's response holds no tensor")
-    flat = [leaf.reshape(-1) for leaf in leaves]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+def _rebuilt(image: Tensor, model: Callable[[Tensor], Any], options: dict[str, Any]) -> Linearization:
+    return Linearization(image, model, **options)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherop.places import put, put_slices, take, take_slices
 from fisherop.tape import IMAGE, LINEAR, STATIC, Node, NotLinear, Tape, needed, replace
 
 aten = torch.ops.aten
@@ -423,7 +424,7 @@ def _is_nhwc(x: Any) -> bool:
 def _takes_any_layout(op: Callable) -> bool:
     if isinstance(op, torch._ops.OpOverload):
         return op.is_view or torch.Tag.pointwise in op.tags or op in _ANY_LAYOUT
-    return op in (torch.reshape, _nhwc, _take_nhwc, _convolve_transposed, _unpool, operator.getitem)
+    return op in _LOGICAL
 
 
 def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
@@ -505,6 +506,18 @@ _LOWER: dict[Callable, Rule] = {
     aten.threshold_backward.default: _lower_threshold,
     aten.convolution.default: _lower_convolution,
     aten.max_pool2d_with_indices_backward.default: _lower_max_pool_backward,
+}
+_LOGICAL = {  # functions of our own, and Python's, that read elements by index
+    operator.getitem,
+    put,
+    put_slices,
+    take,
+    take_slices,
+    torch.reshape,
+    _convolve_transposed,
+    _nhwc,
+    _take_nhwc,
+    _unpool,
 }
 _ANY_LAYOUT = {
     aten.convolution.default,

@@ -8,6 +8,7 @@ every product.
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import math
 import operator
@@ -18,11 +19,31 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisherop.places import Place, as_slices, put, put_slices, shared, take, take_slices
+
 aten = torch.ops.aten
 STATIC, IMAGE, LINEAR = range(3)
 _COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default, aten.positive.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
-_UNINITIALISED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
+_LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
+_UNINITIALISED = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+_BY_SHAPE = {  # operations that read of a tensor nothing but its shape
+    aten.full_like.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    *(getattr(aten, name).default for name in ("_new_zeros_with_same_feature_meta",) if hasattr(aten, name)),
+}
+_RESIZING = {aten.set_, aten.resize_, aten.resize_as_}
+_COMPARING = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
 _SMALL = 4096  # elements
 
 
@@ -48,6 +69,9 @@ class Node:
 class Tape:
     """Operations in the order of their execution, each distinct one once.
 
+    A tensor is known by its place in memory. An operation in place is recorded as the one that returns what it writes;
+    tensors that share that memory are given their new elements when they are next read.
+
     Attributes
     ----------
     reads_image : bool
@@ -60,12 +84,19 @@ class Tape:
         self.reads_image = False
         self.external: set[int] = set()
         self._known: dict[Any, Node] = {}
-        self._of_tensor: dict[int, Node] = {}
-        self._sharing: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
-        self._stale: set[int] = set()
-        self._inputs: list[tuple[Tensor, Node]] = []
-        self._alive: list[Tensor] = []
         self._count = 0
+        self._inputs: list[tuple[Tensor, Node]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is known of any tensor, but of the inputs."""
+        self._alive: list[Any] = []  # or another tensor might get the same place
+        self._at: dict[Place, tuple[Node, int]] = {}  # the node of a place, and how many writes it knows
+        self._places: collections.defaultdict[int, list[Place]] = collections.defaultdict(list)  # by storage
+        self._writes: collections.defaultdict[int, list[tuple[Place, Node]]] = collections.defaultdict(list)
+        self._holding: collections.defaultdict[int, dict[int, Node]] = collections.defaultdict(dict)
+        for tensor, node in self._inputs:
+            self._remember(tensor, node)
 
     def input(self, value: Tensor, level: int) -> Node:
         node = self._node(None, (), {}, level, value)
@@ -96,35 +127,105 @@ class Tape:
         try:
             with _Recorder(self):
                 out = function()
-            return replace(out, Tensor, self._of)
+            return replace(out, Tensor, self.of)
         finally:
             if collects:
                 gc.enable()
-            self._of_tensor = {id(t): node for t, node in self._inputs}
-            self._alive.clear()
-            self._sharing.clear()
-            self._stale.clear()
+            self._forget()
 
     def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
         self._count += 1
         return Node(self._count, op, args, kwargs, level, value)
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
-        if id(tensor) not in self._of_tensor:
-            self._alive.append(tensor)  # or another tensor might get its id
-            self._sharing[tensor.untyped_storage()._cdata].add(id(tensor))
-        self._of_tensor[id(tensor)] = node
+        place = Place.of(tensor)
+        if place not in self._at:
+            self._alive.append(tensor if tensor.layout != torch.strided else tensor.untyped_storage())
+            self._places[place.storage].append(place)
+        self._at[place] = node, len(self._writes[place.storage])
+        if node.level < LINEAR and isinstance(node.value, Tensor) and node.value.layout == torch.strided:
+            self._holding[node.value.untyped_storage()._cdata][node.index] = node
         return node
 
-    def _of(self, tensor: Tensor) -> Node:
-        """The node of a tensor; one that no operation on the tape made is a constant."""
-        if id(tensor) in self._stale:
-            raise NotLinear("a tensor is read that was changed in place through a view of it")
-        if id(tensor) not in self._of_tensor:
-            if not tensor._is_zerotensor() and tensor.device.type != "meta":
-                self.external.add(tensor.untyped_storage().data_ptr())
-            self._remember(tensor, self.static(tensor.detach()))
-        return self._of_tensor[id(tensor)]
+    def of(self, tensor: Tensor) -> Node:
+        """The node of a tensor; what no operation on the tape made is a constant."""
+        place = Place.of(tensor)
+        writes = self._writes[place.storage]
+        if place not in self._at:
+            if not self._places[place.storage]:
+                if not tensor._is_zerotensor() and tensor.layout == torch.strided and tensor.device.type != "meta":
+                    self.external.add(tensor.untyped_storage().data_ptr())
+                return self._remember(tensor, self.static(tensor.detach()))
+            # the same memory in another shape, by what no operation shows, such as an assignment to .data
+            self._remember(tensor, self._seen_through(tensor, place, *self._widest(place)))
+        node, seen = self._at[place]
+        if seen < len(writes):
+            for where, written in writes[seen:]:
+                node = self._overwritten(tensor, place, node, where, written)
+            self._remember(tensor, node)
+        return node
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        place = Place.of(tensor)
+        return place in self._at and self._at[place][1] == len(self._writes[place.storage])
+
+    def _widest(self, place: Place) -> tuple[Place, Node]:
+        """The place in this storage that reaches furthest, with its node as it is now."""
+        known = [p for p in self._places[place.storage] if p.kind == place.kind]
+        if not known:
+            raise NotLinear("memory is read as of another dtype")
+        widest = max(known, key=lambda p: math.prod(p.shape))
+        node, seen = self._at[widest]
+        if seen < len(self._writes[place.storage]):
+            raise NotLinear("memory that was changed in place is read in another shape")
+        return widest, node
+
+    def _seen_through(self, view: Tensor, place: Place, base: Place, node: Node) -> Node:
+        """The node of a view of what lies at `base`."""
+        if place == base:
+            return node
+        if node.level == STATIC:
+            return self.static(view.detach())
+        slices, shape = as_slices(base, place), list(place.shape)
+        if slices is not None:
+            return self._made(view, node.level, take_slices, node, slices, shape)
+        here, there = shared(place, base)
+        if len(here) < view.numel():
+            raise NotLinear("a view reaches beyond what it is a view of")
+        return self._made(view, node.level, take, node, self.static(there.to(view.device)), shape)
+
+    def _overwritten(self, now: Tensor, place: Place, node: Node, where: Place, written: Node) -> Node:
+        """The node of the tensor `now`, which was `node`, after `written` was written to the place `where`."""
+        if place == where:
+            return written
+        (first, last), (start, stop) = place.extent, where.extent
+        if place.kind == where.kind and (last < start or stop < first):
+            return node
+        if node.level == written.level == STATIC:
+            return self.static(now.detach().clone())
+        if place.kind != where.kind:
+            raise NotLinear("a tensor is read that was changed in place through a view of another dtype")
+        level, shape = max(node.level, written.level), list(place.shape)
+        if (slices := as_slices(place, where)) is not None:
+            box = list(place.shape)
+            for d, start, stop, step in slices:
+                box[d] = len(range(start, stop, step))
+            return self._made(now, level, put_slices, node, written, slices, box)
+        if (slices := as_slices(where, place)) is not None:
+            return self._made(now, written.level, take_slices, written, slices, shape)
+        here, there = (i.to(now.device) for i in shared(place, where))
+        if len(here) == 0:
+            return node
+        if len(here) == now.numel():
+            return self._made(now, written.level, take, written, self.static(there), shape)
+        return self._made(now, level, put, node, written, self.static(here), self.static(there))
+
+    def _made(self, value: Tensor, level: int, op: Callable, *args: Any) -> Node:
+        """The node of an operation that was not executed, whose result is `value`."""
+        key = _key(op, args, {})
+        if key not in self._known:
+            self._known[key] = self._node(op, args, {}, level, value.detach())
+        return self._known[key]
 
     def static(self, value: Tensor) -> Node:
         """The node of a constant; equal ones share it, by place, or by value if they are small."""
@@ -132,96 +233,104 @@ class Tape:
             value = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
         if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
             value = value.clone()  # of its own, in case the operation after next changes it in place
-            flat = value.resolve_conj().resolve_neg().contiguous().view(-1)
-            place = flat.view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            flat = value.resolve_conj().resolve_neg().reshape(-1)
+            flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)  # one element may keep any stride
+            key = value.dtype, value.device, value.shape, flat.view(torch.uint8).numpy().tobytes()
         else:
-            place = id(value) if value.layout != torch.strided else (value.data_ptr(), value.stride())
-        key = value.dtype, value.device, value.shape, place
+            key = Place.of(value), value.device
         if key not in self._known:
             self._known[key] = self._node(None, (), {}, STATIC, value)
         return self._known[key]
 
-    def _append(self, op: Callable, args: tuple, kwargs: dict, out: Any) -> None:
-        nodes = replace((args, kwargs), Tensor, self._of)
+    def keep_values(self, tensor: Tensor) -> None:
+        """Before an operation in place: give nodes whose value lies in this memory a copy of their own."""
+        held = self._holding.pop(Place.of(tensor).storage, {})
+        for node in held.values():
+            key = Place.of(node.value), node.value.device
+            if self._known.get(key) is node:
+                del self._known[key]
+            node.value = node.value.clone()
+
+    def append(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, out: Any) -> None:
+        """Record an operation that was executed; `nodes` are those of its arguments, from before."""
         level = _level(nodes)
         tensors = [leaf for leaf in _leaves(out) if isinstance(leaf, Tensor)]
         if torch.Tag.nondeterministic_seeded in op.tags:
-            raise NotLinear(f"{op} draws random numbers")
+            if level > STATIC:
+                raise NotLinear(f"{op} draws random numbers by values of the image")
+            for tensor in tensors:  # the same at every call, since a model that is random is refused
+                self._write(tensor, self.static(tensor.detach().clone()))
+            return
         seen = _level_seen(op, args, nodes[0], level, tensors)
         if seen == LINEAR:
             raise NotLinear(f"{op} reads values of the derivative")
         self.reads_image = self.reads_image or seen == IMAGE
         if not tensors:
             return
-        if (op in _COPIES or op.is_view) and isinstance(out, Tensor) and _same_layout(args[0], out):
+        if op in _BY_SHAPE or op in _UNINITIALISED:
+            if op in _UNINITIALISED or level == STATIC:
+                value = out
+            else:  # all elements are the same
+                value = out.reshape(-1)[:1].clone().expand(out.shape) if out.numel() else out
+            self._remember(out, self._node(None, (), {}, STATIC, value))
+            return
+        if op._schema.is_mutable:
+            self._append_in_place(op, args, kwargs, nodes, level, out)
+            return
+        if (
+            (op in _COPIES or (op.is_view and op not in _LAZY))
+            and isinstance(out, Tensor)
+            and _same_layout(args[0], out)
+        ):
             self._remember(out, nodes[0][0])
             return
-        changes = op._schema.is_mutable
-        if op in _VIEWS:  # a view may not fit where a copy before it is left out
+        if op.is_view and isinstance(out, Tensor) and self._is_known(out):
+            return
+        if op is aten.as_strided.default:
+            self._remember(out, self._seen_through(out, Place.of(out), Place.of(args[0]), nodes[0][0]))
+            return
+        if op in _LAZY:  # done at once, so that no operation meets what is left to do
+            op = _LAZY[op]
+        elif op in _VIEWS:  # a view may not fit where a copy before it is left out
             op, nodes = torch.reshape, ((nodes[0][0], list(out.shape)), {})
-        elif op is aten.clone.default and out.is_contiguous() and not (args[0].is_conj() or args[0].is_neg()):
+        elif op is aten.clone.default and out.is_contiguous():
             op, nodes = Tensor.contiguous, ((nodes[0][0],), {})
-        elif op in (aten.as_strided.default, aten.as_strided_scatter.default):
-            op, nodes = self._as_strided(op, args, nodes[0], out)
-        elif changes:
-            op = self._functional(op, args)
-        key = _key(op, *nodes)
-        node = self._known.get(key)
-        if node is None:
-            static = level == STATIC and isinstance(out, Tensor) and op not in _UNINITIALISED
-            node = self._known[key] = self.static(out.detach()) if static else self._node(op, *nodes, level, out)
+        node = self._result(op, nodes, level, out)
         if isinstance(out, Tensor):
             self._remember(out, node)
-            if changes:
-                self._change_views(out, node)
+            return
+        for i, part in enumerate(out):
+            if isinstance(part, Tensor):
+                self._remember(part, self._result(operator.getitem, ((node, i), {}), level, part, known=True))
+
+    def _result(self, op: Callable, nodes: tuple, level: int, out: Any, known: bool = False) -> Node:
+        key = _key(op, *nodes)
+        if key not in self._known:
+            static = level == STATIC and isinstance(out, Tensor) and not known
+            value = out.resolve_conj().resolve_neg() if isinstance(out, Tensor) else out
+            self._known[key] = self.static(value.detach()) if static else self._node(op, *nodes, level, value)
+        return self._known[key]
+
+    def _append_in_place(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, level: int, out: Any) -> None:
+        """Record the operation that returns what this one writes into one of its arguments."""
+        targets = written(op, args, kwargs)
+        if len(targets) != 1 or op.overloadpacket in _RESIZING:
+            raise NotLinear(f"{op} works in place, in a way that can't be followed")
+        ((where, target),) = targets.items()
+        if level == STATIC:
+            node = self.static(target.detach().clone())
         else:
-            for i, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    key = _key(operator.getitem, (node, i), {})
-                    if key not in self._known:
-                        self._known[key] = self._node(operator.getitem, (node, i), {}, level, part)
-                    self._remember(part, self._known[key])
+            same = all(t.dtype == target.dtype for t in _leaves((args, kwargs)) if isinstance(t, Tensor))
+            node = self._result(_functional(op, where, same), nodes, level, target)
+        if torch.Tag.inplace_view in op.tags:
+            self._remember(target, node)
+        else:
+            self._write(target, node)
 
-    def _as_strided(
-        self, op: Callable, tensors: tuple, args: tuple, out: Tensor
-    ) -> tuple[Callable, tuple[tuple, dict]]:
-        """By indices what `as_strided` and its inverse do by places in memory, which may differ in another layout."""
-        had, parts = tensors[0], 1 if op is aten.as_strided.default else 2
-        size, stride, *offset = args[parts:]
-        start = had.storage_offset()
-        n = torch.arange(had.numel(), device=had.device)
-        try:  # where in memory each element lies, and the reverse
-            in_memory, elements = n.as_strided(had.shape, had.stride()).reshape(-1).sort()
-            places = elements[n.as_strided(size, stride, (start if offset in ([], [None]) else offset[0]) - start)]
-        except RuntimeError as error:
-            raise NotLinear(f"{op} reaches beyond its argument") from error
-        if not torch.equal(in_memory, n):
-            raise NotLinear(f"{op} of a tensor with gaps")
-        places = places.reshape(-1)
-        whole = torch.equal(places, n)
-        shape = list(out.shape)
-        if whole:
-            return torch.reshape, ((args[parts - 1], shape), {})
-        return (_take if parts == 1 else _put), ((*args[:parts], self.static(places), shape), {})
-
-    def _change_views(self, changed: Tensor, node: Node) -> None:
-        """After a change in place: constants are what they are now, other views must not be read."""
-        sharing = self._sharing[changed.untyped_storage()._cdata]
-        for tensor in [t for t in self._alive if id(t) in sharing and t is not changed]:
-            if node.level == STATIC and self._of_tensor[id(tensor)].level == STATIC:
-                self._of_tensor[id(tensor)] = self.static(tensor.detach().clone())
-            else:
-                self._stale.add(id(tensor))
-
-    def _functional(self, op: Callable, args: tuple) -> Callable:
-        """The operation that returns what `op` writes in place."""
-        changed = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        if changed != [0]:
-            raise NotLinear(f"{op} writes into its arguments")
-        packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
-        if packet is None or op._overloadname not in packet.overloads():
-            raise NotLinear(f"{op} works in place")
-        return getattr(packet, op._overloadname)
+    def _write(self, target: Tensor, node: Node) -> None:
+        place = Place.of(target)
+        self._writes[place.storage].append((place, node))
+        self._remember(target, node)
 
 
 class _Recorder(TorchDispatchMode):
@@ -235,12 +344,12 @@ class _Recorder(TorchDispatchMode):
             args = (*args[:4], min(args[4], args[0].shape[args[2]]), *args[5:])  # vmap overflows at "to the end"
         if func is aten.mul.Scalar and args[0]._is_zerotensor():  # PyTorch would crash
             args = (torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:])
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            node = self._tape._of(args[0])
-            if node.level < LINEAR and node.value.data_ptr() == args[0].data_ptr():
-                node.value = args[0].clone()  # what it was remains a constant of its own
+        nodes = replace((args, kwargs), Tensor, self._tape.of)
+        if func._schema.is_mutable:
+            for tensor in written(func, args, kwargs).values():
+                self._tape.keep_values(tensor)
         out = func(*args, **kwargs)
-        self._tape._append(func, args, kwargs, out)
+        self._tape.append(func, args, kwargs, nodes, out)
         return out
 
 
@@ -253,20 +362,44 @@ def _level_seen(op: Callable, args: tuple, nodes: tuple, level: int, tensors: li
     return level if sees else STATIC
 
 
-def _take(x: Tensor, places: Tensor, shape: list[int]) -> Tensor:
-    return x.reshape(-1).index_select(0, places).reshape(shape)
+def written(op: Callable, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
+    """The tensors that an operation writes to, by position or name."""
+    found = {}
+    for i, a in enumerate(op._schema.arguments):
+        where = a.name if a.name in kwargs else i
+        value = kwargs.get(a.name, args[i] if i < len(args) else None)
+        if a.alias_info is not None and a.alias_info.is_write:
+            found |= {(where if len(_leaves(value)) == 1 else (where, j)): t for j, t in enumerate(_leaves(value))}
+    return {where: t for where, t in found.items() if isinstance(t, Tensor)}
 
 
-def _put(x: Tensor, source: Tensor, places: Tensor, shape: list[int]) -> Tensor:
-    return x.reshape(-1).index_copy(0, places, source.reshape(-1)).reshape(shape)
+@functools.cache
+def _functional(op: Callable, where: int | str, same: bool) -> Callable:
+    """The operation that returns what `op` writes into its argument `where`: PyTorch's own, or `op` on a copy.
+
+    PyTorch's own gives another dtype where it compares, or where its arguments don't have the `same`.
+    """
+    name = op._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_"), None)
+    keeps = name in ("copy_", "fill_", "zero_") or (same and torch.Tag.pointwise in op.tags and name not in _COMPARING)
+    keeps = keeps or torch.Tag.inplace_view in op.tags
+    if keeps and where == 0 and name.endswith("_") and packet and op._overloadname in packet.overloads():
+        return getattr(packet, op._overloadname)
+
+    def on_a_copy(*args: Any, **kwargs: Any) -> Tensor:
+        given = list(args) if isinstance(where, int) else kwargs
+        given[where] = given[where].clone()
+        op(*(given if isinstance(where, int) else args), **kwargs)
+        return given[where]
+
+    return on_a_copy
 
 
 def _same_layout(x: Any, y: Tensor) -> bool:
     """Whether two tensors of the same elements have them in the same order."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.layout != torch.strided or y.layout != torch.strided:
         return False
-    kinds = [(t.shape, t.dtype, t.device, t.layout, t.is_conj(), t.is_neg()) for t in (x, y)]
-    if kinds[0] != kinds[1]:
+    if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
         return False
     return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 

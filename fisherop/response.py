@@ -1,0 +1,218 @@
+"""A model as a function of one image that gives a flat vector, and what of models is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherop.compat import differentiable
+from fisherop.draws import Watch, another_seed
+from fisherop.guard import Guard
+
+
+class Response:
+    """A model at images of one shape: ``respond(x: image_shape) -> (M,)``.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The shape of the last response; ``(M,)`` where it consists of several tensors.
+    sizes : list of int
+        The number of elements of each tensor that it consists of.
+    """
+
+    shape: tuple[int, ...]
+    sizes: list[int]
+
+    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The response to a copy of x, which an in-place first layer may change."""
+        with differentiable():
+            found = leaves(self.model(x.clone()))
+        if not found:
+            raise ValueError("the model's response holds no tensor")
+        self.sizes = [leaf.numel() for leaf in found]
+        flat = [leaf.reshape(-1) for leaf in found]
+        self.shape = tuple(found[0].shape) if len(found) == 1 else (sum(self.sizes),)
+        for leaf in flat:
+            if leaf.is_complex():
+                raise TypeError(
+                    f"the response must be real like the image, got {leaf.dtype}: let the model return "
+                    "torch.view_as_real(response), or its .abs()"
+                )
+            if leaf.dtype != flat[0].dtype or leaf.device != x.device:
+                raise TypeError(_unlike(x, leaf))
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def leaves(response: Any) -> list[Tensor]:
+    """The tensors of a nested response, in order; None is left out."""
+    if response is None:
+        return []
+    if isinstance(response, Tensor):
+        return [response]
+    if isinstance(response, Mapping):
+        return [leaf for part in response.values() for leaf in leaves(part)]
+    if isinstance(response, tuple | list):
+        return [leaf for part in response for leaf in leaves(part)]
+    if dataclasses.is_dataclass(response) and not isinstance(response, type):
+        return [leaf for field in dataclasses.fields(response) for leaf in leaves(getattr(response, field.name))]
+    raise TypeError(
+        "the model's response must be a tensor, or a nesting of tuples, lists, dicts and dataclasses of tensors and "
+        f"None; it holds {type(response).__name__}: choose its part, as `lambda x: model(x)[0]` does"
+    )
+
+
+def _unlike(x: Tensor, leaf: Tensor) -> str:
+    return (
+        f"the response must be {x.dtype} on {x.device} like the image, got {leaf.dtype} on {leaf.device}: let the "
+        "model return only what it computes from the image in that dtype"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What two plain calls of a model show.
+
+    `response`, flat (M,); the `bytes` of all that a call computes; the lowest `precision` of its steps, as a machine
+    epsilon; whether it calls ``.detach()``.
+    """
+
+    response: Tensor
+    bytes: int
+    precision: float
+    detaches: bool
+
+
+def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, Guard]:
+    """Call a model twice; return what that shows, and the model's state after one call: what that sets up is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The response can't be used, or is random, or changes what the model holds at every call.
+    """
+    with Watch() as first, torch.no_grad():
+        response = respond(image)
+        draws = first.draws()
+    before.settle()
+    settled = Guard(respond.model, like=before)
+    if response.dtype != image.dtype:
+        raise TypeError(_unlike(image, response))
+    if response.numel() == 0:
+        raise ValueError("the model's response is empty")
+    if not torch.isfinite(response).all():
+        raise ValueError("the model's response to this image holds NaN or infinity")
+    response = response.clone()
+    with Watch() as second, torch.enable_grad():
+        x = image.clone().requires_grad_()
+        again = respond(x)
+        draws_again = second.draws()
+    if not _depends_on(again, x):
+        raise ValueError(
+            "the model's response has no gradient with respect to the image: it does not depend on the image, or only "
+            "through steps that can't be differentiated (detach, no_grad, rounding, argmax, conversion to NumPy)"
+        )
+    _check_same(response, again.detach())
+    source = next(iter(settled.drawn()), None) or draws.differ_from(draws_again)
+    if source is None and draws.from_outside and draws_again.from_outside:  # or it seeds itself as PyTorch is seeded
+        with another_seed(image.device), Watch() as third, torch.no_grad():
+            respond(image)
+            source = draws.differ_from(third.draws())
+    if source is not None:
+        raise ValueError(
+            f"the model draws random numbers ({source}) that are others at every call, though the two responses "
+            f"compared agree: {_CURE}"
+        )
+    changed = settled.restore()
+    if changed:
+        raise ValueError(
+            f"model changes its {changed[0]} at every call, so that its response depends on its history: freeze it, "
+            "by model.eval() or in the model's forward"
+        )
+    return Examined(response, first.bytes, first.precision, first.detaches), settled
+
+
+_CURE = "remove its randomness (model.eval(), a fixed seed inside)"
+
+
+def _check_same(response: Tensor, again: Tensor) -> None:
+    if again.numel() != response.numel():
+        raise ValueError(f"the model answered with {response.numel()} values, then with {again.numel()}")
+    difference, scale = (float(t.abs().max()) for t in (again - response, response))
+    if not difference <= 100 * torch.finfo(response.dtype).eps * scale:
+        raise ValueError(
+            f"the model answers differently when asked twice: its responses differ by up to {difference:.2g} where "
+            f"they reach {scale:.2g}; {_CURE}"
+        )
+
+
+def check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}: use torch.as_tensor(image)")
+    if image.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
+    if image.layout != torch.strided:
+        raise TypeError(f"image must be dense, got the layout {image.layout}: use image.to_dense()")
+    if image.numel() == 0:
+        raise ValueError(f"image is empty: its shape is {tuple(image.shape)}")
+    if image.ndim >= 4 and image.shape[0] > 1:
+        raise ValueError(
+            f"image must be one image, got a batch of {image.shape[0]} (shape {tuple(image.shape)}): take them one at "
+            "a time, `for one in image.split(1)`; where the first dimension is no batch, pass `image[None]` and "
+            "`lambda x: model(x[0])`"
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError("image holds NaN or infinity")
+
+
+def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        learns = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if module.training and (drops or learns):
+            raise ValueError(
+                f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
+                "response is random or depends on its history: call model.eval() first"
+            )
+    state = list(itertools.chain(model.parameters(), model.buffers()))
+    if any(t.is_inference() for t in state):
+        raise ValueError(
+            "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "
+            "use torch.no_grad there"
+        )
+    state = [t for t in state if t.is_floating_point()]
+    for what, own, theirs in (
+        ("device", image.device, {t.device for t in state}),
+        ("dtype", image.dtype, {t.dtype for t in state}),
+    ):
+        if state and own not in theirs:
+            others = ", ".join(sorted(map(str, theirs)))
+            raise ValueError(
+                f"image and model must share one {what}, got an image of {own} and a model of {others}: use "
+                "image.to(...) or model.to(...)"
+            )
+
+
+def _depends_on(y: Tensor, x: Tensor) -> bool:
+    """Whether PyTorch's graph leads from y to its leaf x."""
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        step = stack.pop()
+        if step is not None and step not in seen:
+            if getattr(step, "variable", None) is x:
+                return True
+            seen.add(step)
+            stack.extend(parent for parent, _ in step.next_functions)
+    return False

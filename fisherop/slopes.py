@@ -1,0 +1,215 @@
+"""Whether a derivative is the slope of the response: central differences, in float64 where the model can run in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherop.draws import DETACHING
+from fisherop.tape import replace, written
+
+_LOG = logging.getLogger(__name__)
+_WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
+_WIDER |= {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
+
+
+class Promoted(TorchDispatchMode):
+    """Every operation in float64, whatever the dtype of its arguments, but for what it writes in place."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.is_view:  # a view of a copy would not be one
+            return func(*args, **kwargs)
+        targets = {id(t) for t in written(func, args, kwargs).values()}
+        args, kwargs = replace((args, kwargs), Tensor, lambda t: t if id(t) in targets else _widened(t))
+        args, kwargs = replace((args, kwargs), torch.dtype, lambda dtype: _WIDER.get(dtype, dtype))
+        if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
+            args = (*args[:2], False)  # from half to single precision, which there is none of
+        out = func(*args, **kwargs)
+        return out if targets else replace(out, Tensor, _widened)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x
+
+
+class _Detached(TorchFunctionMode):
+    """What ``.detach()`` gave when it was recorded is what it gives again: it is meant to be constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[Tensor] = []
+        self._next: int | None = None
+
+    def again(self) -> _Detached:
+        self._next = 0
+        return self
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in DETACHING:
+            return func(*args, **(kwargs or {}))
+        if self._next is None:
+            self._kept.append(func(*args, **(kwargs or {})).clone())
+            return self._kept[-1].clone()
+        self._next += 1
+        return self._kept[self._next - 1].clone()
+
+
+class _Arithmetic(NamedTuple):
+    """In which the response is evaluated: its dtype, whether that takes promotion, the steps as a share of the image's
+    largest element, the tolerance relative to ‖J v‖, and the share of the slope from which noise decides nothing."""
+
+    dtype: torch.dtype
+    promotes: bool
+    steps: tuple[float, ...]
+    tolerance: float
+    drowned: float
+
+
+def check_slope(
+    respond: Callable[[Tensor], Tensor],
+    sizes: Sequence[int],
+    image: Tensor,
+    v: Tensor,
+    jv: Tensor,
+    derivative: Callable[[Tensor, Tensor], Tensor],
+    *,
+    precision: float,
+    detaches: bool,
+) -> bool:
+    """Hold J v to the central difference (f(x + h v) − f(x − h v)) / 2 h.
+
+    First at the image. A difference there may be a kink: a pixel just at a bound, a tie in max pooling. Then PyTorch's
+    derivative is held to differences at a point beside the image, where ties are broken. All is in float64, which a
+    float32 model's operations are promoted to, with h of 10⁻⁷, 10⁻⁹ and 10⁻⁵ of the image's largest element, to 10⁻⁴
+    of ‖J v‖; where a model can't run in float64, in its own dtype, with 10⁻², 10⁻³ and 5 · 10⁻² and to 0.05.
+    What kinks and rounding can do is the second difference ‖f(x + h v) − 2 f(x) + f(x − h v)‖ / 2 h; twice that is
+    allowed, and a step where it is a large share of the slope decides nothing.
+
+    Parameters
+    ----------
+    respond : callable
+        The model, ``(image_shape) -> (M,)``.
+    sizes : sequence of int
+        The elements of each tensor that the response consists of; each is compared for itself.
+    image, v : Tensor, shape ``image_shape``
+    jv : Tensor, shape (M,)
+        J v at the image.
+    derivative : callable
+        ``(x, v) -> J(x) v`` by PyTorch, flat.
+    precision : float
+        The machine epsilon of the least precise step of the model.
+    detaches : bool
+        Whether the model calls ``.detach()``: what that gives is held constant.
+
+    Returns
+    -------
+    bool
+        Whether this decided: False where noise hides the slope at every step.
+
+    Raises
+    ------
+    ValueError
+        J v is not the slope.
+    """
+    arithmetic = _arithmetic(respond, image, precision)
+    scale = float(image.abs().max()) or 1.0
+    own = max(1e-5, 3 * max(precision, torch.finfo(image.dtype).eps) ** 0.5)
+    first = arithmetic._replace(steps=arithmetic.steps[:1], tolerance=max(own, arithmetic.tolerance))
+    verdict, _ = _compare(respond, sizes, image, v, jv, first, scale, detaches)
+    if verdict:
+        return True
+    x, v = (t.to(arithmetic.dtype) for t in (_beside(image, scale), v))
+    with _context(arithmetic):
+        jv = derivative(x, v)
+    verdict, error = _compare(respond, sizes, x, v, jv, arithmetic, scale, detaches)
+    if verdict is False:
+        raise ValueError(
+            f"PyTorch's derivative of the model is not the slope of its response: J v and the central difference of "
+            f"the response differ by {error:.1e} of their norm; the usual causes are an operation or a custom autograd "
+            "function without the right derivative, an activation changed through .data, and a factor taken out by "
+            ".item() or NumPy (use .detach() on what is meant to be constant)"
+        )
+    return verdict is True
+
+
+def _arithmetic(respond: Callable[[Tensor], Tensor], image: Tensor, precision: float) -> _Arithmetic:
+    if image.dtype == torch.float64 and precision <= torch.finfo(torch.float64).eps:
+        return _Arithmetic(torch.float64, False, (1e-7, 1e-9, 1e-5), 1e-4, 0.05)
+    arithmetic = _Arithmetic(torch.float64, True, (1e-7, 1e-9, 1e-5), 1e-4, 0.05)
+    try:
+        with _context(arithmetic), torch.no_grad():
+            if torch.isfinite(respond(image.double())).all():
+                return arithmetic
+    except Exception as error:  # whatever a model that knows its dtype raises
+        _LOG.info("the model can't run in float64: %s", error)
+    return _Arithmetic(image.dtype, False, (1e-2, 1e-3, 5e-2), 0.05, 0.3)
+
+
+@contextlib.contextmanager
+def _context(arithmetic: _Arithmetic) -> Iterator[None]:
+    with Promoted() if arithmetic.promotes else contextlib.nullcontext():
+        yield
+
+
+def _compare(
+    respond: Callable[[Tensor], Tensor],
+    sizes: Sequence[int],
+    x: Tensor,
+    v: Tensor,
+    jv: Tensor,
+    arithmetic: _Arithmetic,
+    scale: float,
+    detaches: bool,
+) -> tuple[bool | None, float]:
+    """Whether J v is the slope at x, None where no step decides; and the least error of the worst part."""
+    x, v, jv = (t.to(arithmetic.dtype) for t in (x, v, jv))
+    frozen = _Detached() if detaches else None
+
+    def at(step: float) -> list[Tensor]:
+        held = contextlib.nullcontext() if frozen is None else frozen.again() if step else frozen
+        with torch.no_grad(), held, _context(arithmetic):
+            return list(respond(x + step * v).double().split(list(sizes)))
+
+    here = at(0.0)
+    errors: list[list[float]] = [[] for _ in sizes]  # of each part, in units of what is allowed, where a step decides
+    shares: list[list[float]] = [[] for _ in sizes]
+    for step in arithmetic.steps:
+        h = step * scale
+        parts = zip(here, at(h), at(-h), jv.double().split(list(sizes)), strict=True)
+        for i, (f, ahead, behind, slope) in enumerate(parts):
+            central, bend = (ahead - behind) / (2 * h), _norm(ahead - 2 * f + behind) / (2 * h)
+            size = max(_norm(slope), _norm(central))
+            noise = 2 * bend + 8 * torch.finfo(arithmetic.dtype).eps * _norm(f) / h
+            error = _norm(central - slope)
+            if size == 0 or noise <= arithmetic.drowned * size:
+                errors[i].append(error / (arithmetic.tolerance * size + noise) if error else 0.0)
+                shares[i].append(error / size if error else 0.0)
+        if all(part and min(part) <= 1 for part in errors):
+            return True, 0.0
+    decided = [(min(part), min(share)) for part, share in zip(errors, shares, strict=True) if part]
+    if any(error > 1 for error, _ in decided):
+        return False, max(share for _, share in decided)
+    return (True if decided else None), 0.0
+
+
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x).item()
+
+
+def _beside(image: Tensor, scale: float) -> Tensor:
+    """A point near the image, within its range, where no two pixels are alike and none is at a bound."""
+    generator = torch.Generator().manual_seed(20171127)
+    share = (0.002 + 0.008 * torch.rand(image.shape, generator=generator, dtype=torch.float64)).to(image.device)
+    x = image.detach().double()
+    low, high = x.min(), x.max()
+    if high > low:
+        return x + share * ((low + high) / 2 - x)
+    return x + share * scale
