@@ -34,10 +34,11 @@ class Kind:
     build: Callable[[torch.dtype], Callable]  # the model in a dtype, in evaluation mode; called under a seed
     shape: tuple[int, ...] = COLOUR
     engine: str = "traced"
-    smooth: bool = True  # so that central differences at the image hold
+    smooth: bool = True  # at the image, so that central differences there tell J
     zeros: bool = False  # whether the image is zero in part
     writes: bool = False  # parameters by .data, in forward: a plain torch.func.jvp would crash PyTorch
     forward_mode: bool = True  # PyTorch's own dual numbers can do it
+    double_backward: bool = True  # PyTorch can differentiate its backward pass
     functorch: bool = True  # torch.func.jvp can do it where dual numbers can
     precision: torch.dtype = torch.float64  # of its coarsest step
     needs: str = ""  # a package
@@ -467,7 +468,7 @@ class Sampler(nn.Module):
 
     def __init__(self, mode: str = "bilinear") -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor([[[0.8, 0.2, 0.1], [-0.1, 0.9, 0.05]]]))
+        self.theta = nn.Parameter(torch.tensor([[[0.71, 0.313, 0.0173], [-0.233, 0.617, 0.0291]]]))
         self.mode = mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -897,7 +898,7 @@ def transformer(transformers: Any, name: str, **options: Any) -> nn.Module:
 
 def language_model(transformers: Any) -> Callable:
     """From embeddings, which take the image's place."""
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=9, bos_token_id=0, eos_token_id=0)
     return Embedded(transformers.GPT2Model(config))
 
 
@@ -936,7 +937,9 @@ THEIRS |= {
         smooth=False,
     ),
     "torchvision resnet18": from_package("torchvision.models", lambda tv: tv.resnet18()),
-    "torchvision mobilenet_v3_small": from_package("torchvision.models", lambda tv: tv.mobilenet_v3_small()),
+    "torchvision mobilenet_v3_small": from_package(
+        "torchvision.models", lambda tv: tv.mobilenet_v3_small(), double_backward=False
+    ),
     "torchvision swin": from_package(
         "torchvision.models",
         lambda tv: tv.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=7),
@@ -950,7 +953,9 @@ THEIRS |= {
     "kornia ssim": from_package("kornia", lambda k: Distance(k.losses.SSIMLoss(5)), 1, 3, 12, 12),
     "kornia lab": from_package("kornia", lambda k: k.color.RgbToLab(), 1, 3, 8, 8),
     "kornia unsharp": from_package("kornia", lambda k: k.filters.UnsharpMask((3, 3), (1.0, 1.5)), 1, 3, 8, 8),
-    "lpips": from_package("lpips", lambda lpips: Distance(lpips.LPIPS("alex", False, verbose=False)), 1, 3, 64, 64),
+    "lpips": from_package(
+        "lpips", lambda lpips: Distance(lpips.LPIPS(False, pnet_rand=True, verbose=False)), 1, 3, 64, 64
+    ),
 }
 
 

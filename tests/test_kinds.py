@@ -192,9 +192,9 @@ def check_usable(model, kind: Kind, name: str, control) -> None:
     if kind.functorch and kind.forward_mode and not kind.writes:
         v = drawn(*kind.shape, dtype=dtype)
         fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it has no forward mode
+        torch.backends.mha.set_fastpath_enabled(False)  # what is fused has no forward mode
         try:
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
                 _, jv = torch.func.jvp(lambda x: flat(plain(model)(x.clone())), (x,), (v,))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
