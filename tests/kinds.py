@@ -558,11 +558,14 @@ ARCHITECTURES = {
     "instance norm": Kind(net(lambda: nn.InstanceNorm2d(4, affine=True), nn.SiLU)),
     "layer norm": Kind(tokens(lambda: nn.LayerNorm(8))),
     "local response norm": Kind(net(lambda: nn.LocalResponseNorm(2), nn.Hardswish)),
+    "hard sigmoid": Kind(net(nn.Hardsigmoid, lambda: nn.Conv2d(4, 3, 1), nn.Hardswish), double_backward=False),
     "weight norm": Kind(module(weighted)),
     "spectral norm": Kind(module(spectral)),
     "grid sample": Kind(module(Sampler), engine="double_backward", forward_mode=False),
     "grid sample, nearest": Kind(module(lambda: Sampler("nearest")), engine="double_backward", forward_mode=False),
-    "LSTM": Kind(module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True, bidirectional=True)))),
+    "LSTM": Kind(  # float32's fused kernel has no forward mode
+        module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True, bidirectional=True))), functorch=False
+    ),
     "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True)))),
     "U-Net at a time": Kind(unet),
     "generator": Kind(module(Generator), (1, 512)),
@@ -954,7 +957,7 @@ THEIRS |= {
     "kornia lab": from_package("kornia", lambda k: k.color.RgbToLab(), 1, 3, 8, 8),
     "kornia unsharp": from_package("kornia", lambda k: k.filters.UnsharpMask((3, 3), (1.0, 1.5)), 1, 3, 8, 8),
     "lpips": from_package(
-        "lpips", lambda lpips: Distance(lpips.LPIPS(False, pnet_rand=True, verbose=False)), 1, 3, 64, 64
+        "lpips", lambda lpips: Distance(lpips.LPIPS(False, "squeeze", pnet_rand=True, verbose=False)), 1, 3, 64, 64
     ),
 }
 

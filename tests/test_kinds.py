@@ -194,7 +194,7 @@ def check_usable(model, kind: Kind, name: str, control) -> None:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # what is fused has no forward mode
         try:
-            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            with sdpa_kernel(SDPBackend.MATH):
                 _, jv = torch.func.jvp(lambda x: flat(plain(model)(x.clone())), (x,), (v,))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -225,14 +225,16 @@ def test_every_kind(name, dtype):
 
 @pytest.mark.parametrize(("name", "engine"), BY_HAND)
 def test_engines_named(name, engine):
-    if engine == "functional" and not KINDS[name].forward_mode:
-        model = KINDS[name].make(torch.float64)
-        before = state(model)
-        with pytest.raises(RuntimeError, match="functional: rejected"):
-            linearize(KINDS[name].image(torch.float64), model, engine=engine)
-        check_unharmed(model, KINDS[name], before, KINDS[name].make(torch.float64))
-    else:
+    kind = KINDS[name]
+    if kind.forward_mode if engine == "functional" else kind.double_backward:
         check(name, torch.float64, engine)
+        return
+    model, control, x = kind.make(torch.float64), kind.make(torch.float64), kind.image(torch.float64)
+    respond(control, x)
+    before = state(model)
+    with pytest.raises(RuntimeError, match=f"{engine}: rejected"):
+        linearize(x, model, engine=engine)
+    check_unharmed(model, kind, before, control)
 
 
 SCRIPT = """
