@@ -1,0 +1,91 @@
+"""Whether a model is as before, with nothing of a transform, a graph or a recording left in it."""
+
+import types
+from collections.abc import Iterator, Mapping
+
+import torch
+from helpers import assert_close
+from kinds import flat, plain
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def respond(model, x: Tensor) -> Tensor:
+    """What a plain call of the user's gives, flat."""
+    with torch.no_grad():
+        return flat(plain(model)(x.clone()))
+
+
+def tensors_in(thing, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a model holds: its own, in its containers, in what its hooks hold, in a function's closure."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        yield path, thing
+        return
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, types.FunctionType):
+        parts = dict(zip(thing.__code__.co_freevars, (c.cell_contents for c in thing.__closure__ or ()), strict=True))
+    elif isinstance(thing, Mapping):
+        parts = thing
+    elif isinstance(thing, list | tuple):
+        parts = dict(enumerate(thing))
+    elif isinstance(thing, nn.Module) or type(thing).__module__ == "kinds":
+        parts = vars(thing)
+    else:
+        return
+    for place, (key, part) in enumerate(list(parts.items())):  # hooks' keys are numbers that count on
+        yield from tensors_in(part, f"{path}.{key if isinstance(key, str) else place}", seen)
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def state(model) -> dict[str, tuple[Tensor, int, Tensor]]:
+    return {path: (t, place(t), t.detach().clone()) for path, t in tensors_in(model)}
+
+
+def flags(model) -> list:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [(m.training, len(m._forward_hooks), [p.requires_grad for p in m.parameters(False)]) for m in modules]
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """No graph, no tangent, no transform's or recording's wrapper."""
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(tensor).tangent
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tangent is None
+        and tensor.grad_fn is None
+        and tensor.grad is None
+        and tensor.requires_grad <= isinstance(tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._is_functional_tensor(tensor)
+        and not tensor.is_inference()
+    )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to_dense(), b.to_dense())
+
+
+def check_unharmed(model, before: dict, control, *, writes: bool = False) -> None:
+    """`before` is its state, `control` an equal model, called once, plainly; `writes`: it moves its parameters."""
+    now, expected = dict(tensors_in(model)), dict(tensors_in(control))
+    assert set(before) <= set(now) <= set(expected), "nothing is lost, and nothing new but what a plain call sets up"
+    for path, tensor in now.items():
+        assert is_ordinary(tensor), f"{path} is {type(tensor)}, with {tensor.grad_fn}"
+        if path in before:
+            had, where, value = before[path]
+            assert same(tensor, value) or same(tensor, expected[path]), f"{path} has changed"
+            if isinstance(had, nn.Parameter):
+                assert tensor is had, f"{path} is another object"
+            assert writes or place(tensor) == where, f"{path} lies elsewhere"
+        else:
+            assert_close(tensor, expected[path].detach(), tensor.dtype)
+    if isinstance(model, nn.Module):
+        assert dict(model.named_buffers()).keys() == dict(control.named_buffers()).keys(), "caches are kept"
+        assert flags(model) == flags(control)
