@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import itertools
 import logging
 import math
+import pickle
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -72,6 +77,9 @@ def linearize(
 class Linearization:
     """The Jacobian ``J`` (M × N) of a model at an image, on the torch side. Made by `linearize`.
 
+    It pickles as the image, the model, `engine` and `chunk_size` as they were given, and is linearized anew where it is
+    unpickled, which costs what `linearize` costs; so does a copy by `copy.deepcopy`. Counts begin at zero there.
+
     Attributes
     ----------
     image : Tensor, shape ``image_shape``
@@ -101,6 +109,7 @@ class Linearization:
             raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
         _check_model(image, model)
         self.model = model
+        self._options = {"engine": engine, "chunk_size": chunk_size}
         self.on_product: Callable[[float], None] | None = None
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
@@ -111,6 +120,16 @@ class Linearization:
                 self.response, activation_bytes = _check_response(model, self.image)
                 self._choose_engine(names, chunk_size, activation_bytes)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
+
+    def __reduce__(self) -> tuple:
+        check_picklable(self.model)
+        return functools.partial(type(self), **self._options), (self.image, self.model)
+
+    def __copy__(self) -> Linearization:  # a model that can't be pickled may be copied all the same
+        return type(self)(self.image, self.model, **self._options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
+        return type(self)(self.image, copy.deepcopy(self.model, memo), **self._options)
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
@@ -311,6 +330,36 @@ class Linearization:
             )
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
+
+
+class _DryRun(pickle.Pickler):
+    """Pickles to nowhere, and leaves out tensors, which can be pickled and may be large."""
+
+    def __init__(self) -> None:
+        super().__init__(types.SimpleNamespace(write=len), pickle.HIGHEST_PROTOCOL)
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (int, ()) if isinstance(obj, Tensor) else NotImplemented
+
+
+def check_picklable(model: Callable[[Tensor], Any]) -> None:
+    """Raise PicklingError, with what to do, where a model can't be pickled: a pickler names only what it fails at.
+
+    What plain pickle refuses is left to cloudpickle, where joblib or Dask have loaded it and it takes the model.
+    """
+    try:
+        _DryRun().dump(model)
+    except Exception as error:
+        for name in {"cloudpickle", "joblib.externals.cloudpickle"} & set(sys.modules):
+            with contextlib.suppress(Exception):
+                sys.modules[name].dumps(model)
+                return
+        named = getattr(model, "__qualname__", type(model).__qualname__)
+        raise pickle.PicklingError(
+            f"a linearization is pickled as its image and its model, but the model {named} can't be pickled: {error}. "
+            "Let it be an nn.Module, or a function, defined at the top level of a module; or send what it is built "
+            "from, and linearize there"
+        ) from error
 
 
 def _tolerance(dtype: torch.dtype) -> float:
