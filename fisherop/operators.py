@@ -41,6 +41,9 @@ class _ModelOperator(LinearOperator):
         dtype = np.dtype(str(linearization.image.dtype).removeprefix("torch."))
         super().__init__(dtype, self._shape_for(linearization))
 
+    def __reduce__(self) -> tuple:
+        return type(self).from_linearization, (self.linearization,)
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of the image; its N elements are the operator's columns, in C order."""
@@ -176,7 +179,11 @@ class JacobianOperator(_ModelOperator):
     Notes
     -----
     ``J @ V`` costs a forward-mode derivative a column, ``J.H @ U`` a reverse-mode one. Vectors of another dtype are
-    cast; the result has the operator's dtype, which is the image's.
+    cast; the result has the operator's dtype, which is the image's. The shapes that `matvec` and `matmat` take are
+    those of the SciPy in use, which from 1.18 on multiplies stacks of vectors (..., N) and of matrices (..., N, k).
+
+    An operator pickles, for joblib, multiprocessing and Dask, as its image, its model and these options, and is
+    linearized anew where it arrives; what `to_dense` computed is not sent.
     """
 
     dense: NDArray | None = None

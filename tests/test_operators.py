@@ -1,4 +1,9 @@
+import concurrent.futures
+import copy
+import multiprocessing
+import pickle
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -9,6 +14,7 @@ import torch
 from helpers import DEVICES, DTYPES, assert_close, linear_operator, matrices, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fisherop import FisherOperator, JacobianOperator
 from fisherop.testing import check_adjoint, linear_model, matrix_with_singular_values
@@ -337,3 +343,98 @@ def test_check_adjoint_can_fail():
     wrong = sla.LinearOperator((8, 8), matvec=lambda x: x, rmatvec=lambda x: 1.01 * x, dtype=float)
     with pytest.raises(AssertionError, match="but"):
         check_adjoint(wrong)
+
+
+KINDS = [FisherOperator, JacobianOperator]
+COPIES = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "pickle, protocol 0": lambda x: pickle.loads(pickle.dumps(x, 0)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+def products(operator):
+    """Both products with a fixed block, and the dense matrix."""
+    rng = np.random.default_rng(8)
+    x, u = (rng.standard_normal((n, 3)).astype(operator.dtype) for n in reversed(operator.shape))
+    return operator @ x, operator.H @ u, operator.to_dense()
+
+
+def assert_same_bits(these, those):
+    for this, that in zip(these, those, strict=True):
+        assert this.dtype == that.dtype and np.array_equal(this, that)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("engine", ["auto", "functional", "double_backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_have_the_same_bits(kind, engine, how):
+    operator = kind(small_image(torch.float32), small_model(torch.float32), engine=engine, chunk_size=2)
+    wanted = products(operator)  # which fills the cache of to_dense
+    new = COPIES[how](operator)
+    assert type(new) is kind and new is not operator and new.shape == operator.shape
+    assert new.image_shape == operator.image_shape and new.response_shape == operator.response_shape
+    assert new.linearization.chunk_size == 2
+    assert new.linearization.engine_report[-1].split(":")[0] == operator.linearization.engine_report[-1].split(":")[0]
+    assert_same_bits(products(new), wanted)
+    if how != "copy":
+        assert new.linearization is not operator.linearization
+        assert new.linearization.model is not operator.linearization.model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_holds_the_image_and_the_model_alone(kind):
+    image, model = torch.rand(40), nn.Linear(40, 30)
+    operator = kind(image, model)
+    before = len(pickle.dumps(operator))
+    products(operator)
+    assert len(pickle.dumps(operator)) == before < len(pickle.dumps((image, model))) + 1000
+    J, F = pickle.loads(pickle.dumps((operator, operator)))
+    assert J is F  # what is sent together arrives together
+    F, J = pickle.loads(pickle.dumps((FisherOperator.from_linearization(operator.linearization), operator)))
+    assert F.linearization is J.linearization
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (lambda x: x.sin(), "<lambda>"),
+        (linear_model(MATRIX), "linear_model.<locals>.model"),
+        (nn.Sequential(nn.Linear(8, 3), type("Local", (nn.Tanh,), {})()).double(), "Sequential"),
+    ],
+)
+def test_a_model_that_cannot_be_pickled(kind, model, named, monkeypatch):
+    for name in ("cloudpickle", "joblib.externals.cloudpickle"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    operator = kind(torch.ones(8).double(), model)
+    message = (
+        rf"the model {re.escape(named)} can't be pickled: .*Let it be an nn\.Module, or a function, defined at the"
+    )
+    for thing in (operator, operator.linearization, {"it": operator}):
+        with pytest.raises(pickle.PicklingError, match=message):
+            pickle.dumps(thing)
+    for new in (copy.deepcopy(operator), copy.copy(operator)):
+        assert_same_bits(products(new), products(operator))
+    assert_same_bits(products(kind.from_linearization(copy.copy(operator.linearization))), products(operator))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cloudpickle_takes_what_pickle_refuses(kind):
+    cloudpickle = pytest.importorskip("cloudpickle", reason="cloudpickle is an optional neighbour")
+    weight = torch.rand(5, 8).double()
+    operator = kind(torch.ones(8).double(), lambda x: (weight @ x).sin())
+    assert_same_bits(products(pickle.loads(cloudpickle.dumps(operator))), products(operator))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_pool(kind):
+    """Sent to another process and back, as an argument, in an algebraic expression and as a result."""
+    operator = kind(small_image(torch.float32), small_model(torch.float32))
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert_same_bits(pool.submit(products, operator).result(), products(operator))
+        assert_same_bits(pool.submit(copy.copy, operator).result() @ np.eye(48), operator @ np.eye(48))
+        x = np.arange(48, dtype=np.float32)
+        assert_same_bits([pool.submit((2 * operator).matvec, x).result()], [2 * (operator @ x)])
