@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import logging
 import math
 import threading
@@ -16,6 +18,7 @@ from torch import Tensor
 from fisherop.compat import prepare_recording
 from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
 from fisherop.guard import Guard
+from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
 from fisherop.slopes import check_slope
 
@@ -72,6 +75,9 @@ def linearize(
 class Linearization:
     """The Jacobian ``J`` (M × N) of a model at an image, on the torch side. Made by `linearize`.
 
+    It pickles as the image, the model, `engine` and `chunk_size` as they were given, and is linearized anew where it is
+    unpickled, which costs what `linearize` costs; so does a copy by `copy.deepcopy`. Counts begin at zero there.
+
     Attributes
     ----------
     image : Tensor, shape ``image_shape``
@@ -99,8 +105,8 @@ class Linearization:
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         check_model(image, model)
         self.model = model
-        self.on_product: Callable[[float], None] | None = None
         self._options = {"engine": engine, "chunk_size": chunk_size}
+        self.on_product: Callable[[float], None] | None = None
         prepare_recording()
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
@@ -114,7 +120,14 @@ class Linearization:
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
 
     def __reduce__(self) -> tuple:
-        return _rebuilt, (self.image, self.model, self._options)
+        check_picklable(self.model, "a linearization", "send what it is built from, and linearize there")
+        return functools.partial(type(self), **self._options), (self.image, self.model)
+
+    def __copy__(self) -> Linearization:  # a model that can't be pickled may be copied all the same
+        return type(self)(self.image, self.model, **self._options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
+        return type(self)(self.image, copy.deepcopy(self.model, memo), **self._options)
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
@@ -358,7 +371,3 @@ class Linearization:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** 0.5
-
-
-def _rebuilt(image: Tensor, model: Callable[[Tensor], Any], options: dict[str, Any]) -> Linearization:
-    return Linearization(image, model, **options)

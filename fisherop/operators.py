@@ -7,14 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.linearize import Linearization, linearize
 
 _DENSE_BYTES = 2**31
+_BATCHES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18)  # SciPy multiplies stacks of vectors, matrices
+_Product = Callable[[Tensor], Tensor]
 
 
 class _ModelOperator(LinearOperator):
@@ -36,6 +40,9 @@ class _ModelOperator(LinearOperator):
         self.linearization = linearization
         dtype = np.dtype(str(linearization.image.dtype).removeprefix("torch."))
         super().__init__(dtype, self._shape_for(linearization))
+
+    def __reduce__(self) -> tuple:
+        return type(self).from_linearization, (self.linearization,)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -72,7 +79,7 @@ class _ModelOperator(LinearOperator):
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
-        rows = self._to_torch(columns)
+        rows = self._to_torch(np.asarray(columns).T)
         return rows.reshape(len(rows), *self.image_shape)
 
     @staticmethod
@@ -80,52 +87,81 @@ class _ModelOperator(LinearOperator):
         """A block of tensors ``(k, ...)`` as columns ``(N, k)``."""
         return block.reshape(len(block), math.prod(block.shape[1:])).cpu().numpy().T
 
-    def _to_torch(self, columns: ArrayLike) -> Tensor:
-        rows = np.ascontiguousarray(np.asarray(columns).T, dtype=self.dtype)
-        image = self.linearization.image
-        return torch.from_numpy(rows.copy() if not rows.flags.writeable else rows).to(image.device)
+    def _to_torch(self, array: NDArray) -> Tensor:
+        # Always a copy: torch takes neither read-only memory nor strides that NumPy ignores, as of v[:, ::-1] at k = 1
+        return torch.from_numpy(np.array(array, self.dtype, order="C")).to(self.linearization.image.device)
 
-    # The public methods check, then leave the rest to SciPy; (n, 1) goes to the block product, where it belongs.
+    # The public methods only say better what is wrong; which shapes mean what is SciPy's to decide. It calls `_matvec`
+    # with (N,) or (N, 1), from 1.18 on with rows (..., N), and `_matmat` with (N, k), from 1.18 on with (..., N, k).
 
     def matvec(self, x: ArrayLike) -> NDArray:
-        x = self._checked(x, self.shape[1], (1, 2))
-        return super().matvec(x) if x.ndim == 1 else self.matmat(x)
+        return super().matvec(self._checked("matvec", x, self.shape[1]))
 
     def matmat(self, X: ArrayLike) -> NDArray:
-        return super().matmat(self._checked(X, self.shape[1], (2,)))
+        return super().matmat(self._checked("matmat", X, self.shape[1]))
 
     def rmatvec(self, x: ArrayLike) -> NDArray:
-        x = self._checked(x, self.shape[0], (1, 2))
-        return super().rmatvec(x) if x.ndim == 1 else self.rmatmat(x)
+        return super().rmatvec(self._checked("rmatvec", x, self.shape[0]))
 
     def rmatmat(self, X: ArrayLike) -> NDArray:
-        return super().rmatmat(self._checked(X, self.shape[0], (2,)))
+        return super().rmatmat(self._checked("rmatmat", X, self.shape[0]))
 
     def _matvec(self, x: NDArray) -> NDArray:
-        return self._matmat(x.reshape(-1, 1))[:, 0]
+        return self._times_vectors(self._forward, x, self.shape[::-1])
 
-    def _rmatvec(self, x: NDArray) -> NDArray:  # which not every SciPy derives from _rmatmat
-        return self._rmatmat(x.reshape(-1, 1))[:, 0]
+    def _rmatvec(self, x: NDArray) -> NDArray:
+        return self._times_vectors(self._reverse, x, self.shape)
 
-    def _checked(self, x: ArrayLike, length: int, ndims: tuple[int, ...]) -> NDArray:
-        if not isinstance(x, np.ndarray):
-            x = np.asanyarray(x)
-        if x.ndim not in ndims or x.shape[0] != length:
-            wanted = " or ".join({1: f"({length},)", 2: f"({length}, k)"}[n] for n in ndims)
-            raise ValueError(f"{self!r} multiplies arrays of shape {wanted}, got {x.shape}")
+    def _matmat(self, X: NDArray) -> NDArray:
+        return self._times_columns(self._forward, X, self.shape[::-1])
+
+    def _rmatmat(self, X: NDArray) -> NDArray:
+        return self._times_columns(self._reverse, X, self.shape)
+
+    def _checked(self, method: str, x: ArrayLike, n: int) -> NDArray:
+        """`x` as an array, whose shape the `method` of the SciPy in use takes."""
+        x = x if issparse(x) else np.asanyarray(x)
+        if method.endswith("matvec"):
+            fits = x.shape in ((n,), (n, 1)) or (_BATCHES and x.shape[-1:] == (n,))
+            wanted = f"(..., {n})" if _BATCHES else f"({n},) or ({n}, 1)"
+            wanted += f", and {method.replace('vec', 'mat')} columns ({n}, k)"
+            if issparse(x):
+                raise TypeError(_sparse_message(self))
+        else:
+            fits = (x.ndim == 2 or (_BATCHES and x.ndim > 2)) and x.shape[-2] == n
+            wanted = f"(..., {n}, k)" if _BATCHES else f"({n}, k)"
+        if not fits:
+            raise ValueError(f"{method} of {self!r} takes arrays of shape {wanted}; got {x.shape}")
         return x
 
-    def _product(self, multiply: Callable[[NDArray], NDArray], X: NDArray) -> NDArray:
-        if not np.issubdtype(X.dtype, np.number) and X.dtype != bool:
-            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {X.dtype}")
-        if np.iscomplexobj(X):
-            return self._product(multiply, X.real) + 1j * self._product(multiply, X.imag)
-        if not np.isfinite(X).all():
+    def _times_vectors(self, multiply: _Product, x: NDArray, sizes: tuple[int, int]) -> NDArray:
+        x = np.asarray(x)
+        return self._times_rows(multiply, x[:, 0] if x.shape == (sizes[0], 1) else x, sizes)
+
+    def _times_columns(self, multiply: _Product, X: NDArray, sizes: tuple[int, int]) -> NDArray:
+        if issparse(X):
+            raise TypeError(_sparse_message(self))
+        return self._times_rows(multiply, np.asarray(X).swapaxes(-1, -2), sizes).swapaxes(-1, -2)
+
+    def _times_rows(self, multiply: _Product, rows: NDArray, sizes: tuple[int, int]) -> NDArray:
+        """Rows ``(..., n)``, each by a product that takes ``(k, n)`` to ``(k, m)``, as ``(..., m)``; sizes are n, m."""
+        if not np.issubdtype(rows.dtype, np.number) and rows.dtype != bool:
+            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {rows.dtype}")
+        if np.iscomplexobj(rows):
+            return self._times_rows(multiply, rows.real, sizes) + 1j * self._times_rows(multiply, rows.imag, sizes)
+        if not np.isfinite(rows).all():
             raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
-        product = multiply(X)
+        (n, m), batch = sizes, rows.shape[:-1]
+        product = multiply(self._to_torch(rows.reshape(math.prod(batch), n))).cpu().numpy().reshape(*batch, m)
         if not np.isfinite(product).all():
             raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
         return product
+
+    def _jvp(self, rows: Tensor) -> Tensor:
+        return self.linearization.jvp(rows.reshape(len(rows), *self.image_shape))
+
+    def _vjp(self, rows: Tensor) -> Tensor:
+        return self.linearization.vjp(rows).reshape(len(rows), self.linearization.image_size)
 
 
 class JacobianOperator(_ModelOperator):
@@ -143,7 +179,11 @@ class JacobianOperator(_ModelOperator):
     Notes
     -----
     ``J @ V`` costs a forward-mode derivative a column, ``J.H @ U`` a reverse-mode one. Vectors of another dtype are
-    cast; the result has the operator's dtype, which is the image's.
+    cast; the result has the operator's dtype, which is the image's. The shapes that `matvec` and `matmat` take are
+    those of the SciPy in use, which from 1.18 on multiplies stacks of vectors (..., N) and of matrices (..., N, k).
+
+    An operator pickles, for joblib, multiprocessing and Dask, as its image, its model and these options, and is
+    linearized anew where it arrives; what `to_dense` computed is not sent.
     """
 
     dense: NDArray | None = None
@@ -160,11 +200,8 @@ class JacobianOperator(_ModelOperator):
         operator._jacobian = self
         return operator
 
-    def _matmat(self, X: NDArray) -> NDArray:
-        return self._product(lambda X: self.to_columns(self.linearization.jvp(self.to_tensors(X))), X)
-
-    def _rmatmat(self, X: NDArray) -> NDArray:
-        return self._product(lambda X: self.to_columns(self.linearization.vjp(self._to_torch(X))), X)
+    _forward = _ModelOperator._jvp
+    _reverse = _ModelOperator._vjp
 
     def to_dense(self, max_bytes: int = _DENSE_BYTES) -> NDArray:
         """The matrix (M, N), by min(M, N) products with unit vectors; it is kept in `dense`, read-only.
@@ -213,12 +250,10 @@ class FisherOperator(_ModelOperator):
             self._jacobian = JacobianOperator.from_linearization(self.linearization)
         return self._jacobian
 
-    def _matmat(self, X: NDArray) -> NDArray:
-        lin = self.linearization
-        return self._product(lambda X: self.to_columns(lin.vjp(lin.jvp(self.to_tensors(X)))), X)
+    def _forward(self, rows: Tensor) -> Tensor:
+        return self._vjp(self._jvp(rows))
 
-    def _rmatmat(self, X: NDArray) -> NDArray:
-        return self._matmat(X)
+    _reverse = _forward
 
     def _adjoint(self) -> FisherOperator:
         return self
@@ -237,6 +272,13 @@ class FisherOperator(_ModelOperator):
         _check_dense_size(self, max_bytes)
         dense = self.jacobian.to_dense(max_bytes)
         return dense.T @ dense
+
+
+def _sparse_message(operator: _ModelOperator) -> str:
+    return (
+        f"{operator!r} multiplies dense arrays, got a sparse one: use x.toarray(), or "
+        "scipy.sparse.linalg.aslinearoperator(x) for a product that is an operator"
+    )
 
 
 def _check_dense_size(operator: _ModelOperator, max_bytes: int) -> None:
