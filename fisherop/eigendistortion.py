@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import os
-import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +12,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fisherop.files import fingerprint, name_of, read, result_from, result_to, write
 from fisherop.operators import FisherOperator
-from fisherop.result import EigenResult, Status
+from fisherop.result import EigenResult
 from fisherop.solvers import eigenpairs, progress_bar, transfer
-
-_FORMAT = 1  # of files
-_LIBRARIES = ("fisherop", "torch", "numpy", "scipy")
 
 
 class Eigendistortion:
@@ -261,9 +252,10 @@ class Eigendistortion:
     def save(self, path: str | os.PathLike) -> None:
         """Write what was found to one ``.npz`` file, which holds no pickle and which NumPy reads.
 
-        It holds the image, the fields of `result` (`details` as JSON, arrays as lists), a fingerprint of the model's
-        response, the engine's report and the versions of the libraries. It is written under a temporary name beside
-        `path` and then renamed, so that `path` holds the old file or the new one, whatever happens.
+        It holds the image, the fields of `result` (`details` as JSON, arrays as lists), the shape and a fingerprint of
+        the model's response, the engine's report, the names of the object's and the model's types, and the versions of
+        the libraries. It is written under a temporary name beside `path` and then renamed, so that `path` holds the old
+        file or the new one, whatever happens.
 
         Parameters
         ----------
@@ -277,22 +269,19 @@ class Eigendistortion:
         TypeError
             A solver of your own left something in `details` that JSON can't hold.
         """
-        fields = _to_arrays(self._found()) | {
+        write(path, self._fields())
+
+    def _fields(self) -> dict[str, ArrayLike]:
+        """What `save` writes."""
+        lin = self.operator.linearization
+        return result_to(self._found()) | {
             "image": self.image.cpu().numpy(),
-            "response_fingerprint": _fingerprint(self.operator.linearization.response),
-            "engine_report": np.array(self.operator.linearization.engine_report),
-            "versions": np.array([f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]),
+            "response_fingerprint": fingerprint(lin.response),
+            "response_shape": np.array(lin.response_shape, dtype=np.int64),
+            "engine_report": lin.engine_report,
+            "object": name_of(type(self)),
+            "model": name_of(self.model),
         }
-        path = pathlib.Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, format=np.array(_FORMAT), checksum=np.array(_checksum(fields)), **fields)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(self, path: str | os.PathLike) -> Eigendistortion:
         """Take the result that `save` wrote, for the same image and model.
@@ -312,9 +301,9 @@ class Eigendistortion:
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        fields = _read(path)
+        fields = read(path)
         self._check_same(path, fields)
-        self.result = _from_arrays(fields)
+        self.result = result_from(fields)
         return self
 
     @classmethod
@@ -339,12 +328,12 @@ class Eigendistortion:
         ValueError
             As by `load`, and as by `linearize`.
         """
-        fields = _read(path)
+        fields = read(path)
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
         self = cls(torch.as_tensor(fields["image"], device=device), model)
         self._check_same(path, fields)
-        self.result = _from_arrays(fields)
+        self.result = result_from(fields)
         return self
 
     def _check_same(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
@@ -365,8 +354,8 @@ class Eigendistortion:
                 f"{path} holds the eigendistortions of another model, with {fields['response_size']} responses; this "
                 f"one has {response.numel()}"
             )
-        fingerprint, stored = _fingerprint(response), fields["response_fingerprint"]
-        difference, norm = (float(np.linalg.norm(x)) for x in (fingerprint - stored, stored))
+        stored = fields["response_fingerprint"]
+        difference, norm = (float(np.linalg.norm(x)) for x in (fingerprint(response) - stored, stored))
         if not difference <= np.finfo(own.dtype).eps ** 0.5 * norm:
             raise ValueError(
                 f"{path} holds the eigendistortions of another model: its response to the image differs from this "
@@ -404,77 +393,3 @@ class Eigendistortion:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self.image.device)
-
-
-def _fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
-    """Sums of the response's elements with random signs, in random groups; differences keep their norm, within 20 %.
-
-    This is the CountSketch of M. Charikar, K. Chen and M. Farach-Colton, Finding frequent items in data streams, 2002.
-    """
-    flat = response.detach().cpu().double().flatten().numpy()
-    rng = np.random.default_rng(256)
-    groups, signs = rng.integers(size, size=len(flat)), rng.choice([-1.0, 1.0], len(flat))
-    return np.bincount(groups, signs * flat, size)
-
-
-def _to_arrays(result: EigenResult) -> dict[str, NDArray]:
-    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    fields["status"] = result.status.astype(str)
-    fields["details"] = json.dumps(dict(result.details), default=_to_list)
-    return {name: np.asarray(value) for name, value in fields.items()}
-
-
-def _to_list(x: Any) -> Any:
-    if isinstance(x, np.ndarray | np.generic | Tensor):
-        return x.tolist()
-    raise TypeError(
-        f"the result's details hold a {type(x).__name__}, which can't be saved: let the solver give arrays, numbers, "
-        "strings, lists and dicts"
-    )
-
-
-def _from_arrays(arrays: dict[str, NDArray]) -> EigenResult:
-    fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult)}
-    fields = {name: a if a.ndim else a.item() for name, a in fields.items()}
-    for name in ("lambda_max_bounds", "lambda_min_bounds"):
-        fields[name] = tuple(fields[name].tolist())
-    fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
-    fields["details"] = json.loads(fields["details"])
-    return EigenResult(**fields)
-
-
-def _checksum(fields: dict[str, NDArray]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(fields.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: str | os.PathLike) -> dict[str, NDArray]:
-    """The arrays of a file, as they were saved."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-        file.seek(0)
-        if not b"PK\3\4".startswith(start):
-            raise ValueError(f"{path} is no file of eigendistortions: it is no .npz file")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                fields = {}
-                for name in archive.namelist():
-                    with archive.open(name) as part:
-                        fields[name.removesuffix(".npy")] = np.lib.format.read_array(part, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged or was cut short, so that nothing was loaded: {error}") from error
-    version = fields.pop("format", None)
-    if version is None or "checksum" not in fields:
-        raise ValueError(f"{path} is no file of eigendistortions: it holds {', '.join(fields) or 'nothing'}")
-    if version.ndim or version.dtype.kind != "i" or version < 1:
-        raise ValueError(f"{path} is damaged: its format is {version!r}")
-    if version > _FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this version of fisherop reads up to {_FORMAT}: update fisherop"
-        )
-    if fields.pop("checksum") != _checksum(fields):
-        raise ValueError(f"{path} is damaged: its checksum doesn't fit what it holds")
-    return fields

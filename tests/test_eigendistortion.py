@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisherop import ConvergenceError, Eigendistortion
-from fisherop.eigendistortion import _fingerprint
+from fisherop.files import fingerprint
 from fisherop.solvers.exact import exact
 from fisherop.testing import linear_model, matrix_with_singular_values
 
@@ -363,5 +363,5 @@ def test_fingerprints_keep_distances(size, difference, seed, one):
     rng = np.random.default_rng(seed)
     a, change = rng.standard_normal(size), np.eye(size)[seed % size] if one else rng.standard_normal(size)
     change *= difference / np.linalg.norm(change)
-    a, b = (_fingerprint(torch.as_tensor(x)) for x in (a, a + change))
+    a, b = (fingerprint(torch.as_tensor(x)) for x in (a, a + change))
     assert 0.5 * difference <= np.linalg.norm(b - a) <= 1.6 * difference

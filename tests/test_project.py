@@ -20,6 +20,7 @@ ORDER = [
     "operators",
     "result",
     "solvers",
+    "files",
     "eigendistortion",
     "layers",
     "images",
