@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from fisherop.files import fingerprint, name_of, read, result_from, result_to, write
+from fisherop.files import check_picklable, check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult
 from fisherop.solvers import eigenpairs, progress_bar, transfer
@@ -36,6 +37,12 @@ class Eigendistortion:
     model : callable or nn.Module
     result : EigenResult or None
         The certified pairs, after `synthesize`.
+
+    Notes
+    -----
+    A pickle holds the image, the model, the options and the result, and attributes that you added. Where it is loaded,
+    and where `copy.deepcopy` makes a copy, the model is linearized anew. A search goes on from nothing there, and a
+    Jacobian has to be computed anew.
 
     References
     ----------
@@ -272,16 +279,7 @@ class Eigendistortion:
         write(path, self._fields())
 
     def _fields(self) -> dict[str, ArrayLike]:
-        """What `save` writes."""
-        lin = self.operator.linearization
-        return result_to(self._found()) | {
-            "image": self.image.cpu().numpy(),
-            "response_fingerprint": fingerprint(lin.response),
-            "response_shape": np.array(lin.response_shape, dtype=np.int64),
-            "engine_report": lin.engine_report,
-            "object": name_of(type(self)),
-            "model": name_of(self.model),
-        }
+        return contents(self._found(), self.operator.linearization, type(self), self.model)
 
     def load(self, path: str | os.PathLike) -> Eigendistortion:
         """Take the result that `save` wrote, for the same image and model.
@@ -301,9 +299,7 @@ class Eigendistortion:
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        fields = read(path)
-        self._check_same(path, fields)
-        self.result = result_from(fields)
+        self._take(path, read(path))
         return self
 
     @classmethod
@@ -332,35 +328,12 @@ class Eigendistortion:
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
         self = cls(torch.as_tensor(fields["image"], device=device), model)
-        self._check_same(path, fields)
-        self.result = result_from(fields)
+        self._take(path, fields)
         return self
 
-    def _check_same(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
-        image, own = fields["image"], self.image.cpu().numpy()
-        if (image.shape, image.dtype) != (own.shape, own.dtype):
-            raise ValueError(
-                f"{path} holds the eigendistortions of an image {image.shape} of {image.dtype}, this one is "
-                f"{own.shape} of {own.dtype}: use Eigendistortion.from_file(path, model)"
-            )
-        if not np.array_equal(image, own):
-            raise ValueError(
-                f"{path} holds the eigendistortions of another image, which differs from this one by up to "
-                f"{np.abs(image - own).max():.3g}: use Eigendistortion.from_file(path, model)"
-            )
-        response = self.operator.linearization.response
-        if response.numel() != fields["response_size"]:
-            raise ValueError(
-                f"{path} holds the eigendistortions of another model, with {fields['response_size']} responses; this "
-                f"one has {response.numel()}"
-            )
-        stored = fields["response_fingerprint"]
-        difference, norm = (float(np.linalg.norm(x)) for x in (fingerprint(response) - stored, stored))
-        if not difference <= np.finfo(own.dtype).eps ** 0.5 * norm:
-            raise ValueError(
-                f"{path} holds the eigendistortions of another model: its response to the image differs from this "
-                f"one's by {difference / norm if norm else difference:.2g} of its norm"
-            )
+    def _take(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
+        check_same(path, fields, self.image, self.operator.linearization.response)
+        self.result = result_from(fields)
 
     @property
     def image(self) -> Tensor:
@@ -393,3 +366,34 @@ class Eigendistortion:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self.image.device)
+
+    def __reduce__(self) -> tuple:
+        check_picklable(self.model)
+        return self._parts()
+
+    def _parts(self) -> tuple:
+        built = ("operator", "model", "_products", "_state")
+        rest = {name: value for name, value in vars(self).items() if name not in built}
+        return _rebuild, (type(self), self.image, self.model, self._products), rest
+
+    def __setstate__(self, rest: dict[str, Any]) -> None:
+        vars(self).update(rest)
+        if self.result is not None:
+            self.result = dataclasses.replace(self.result)  # its arrays are read-only again
+
+    def __copy__(self) -> Eigendistortion:
+        new = type(self).__new__(type(self))
+        vars(new).update(vars(self), _state={})  # a search belongs to one object
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Eigendistortion:
+        _, args, rest = self._parts()  # a model that can't be pickled may be copied all the same
+        new = memo[id(self)] = _rebuild(*copy.deepcopy(args, memo))
+        new.__setstate__(copy.deepcopy(rest, memo))
+        return new
+
+
+def _rebuild(kind: type, image: Tensor, model: Callable[[Tensor], Any], products: dict[str, Any]) -> Eigendistortion:
+    new = kind.__new__(kind)
+    Eigendistortion.__init__(new, image, model, **products)  # whatever a subclass's own takes
+    return new

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import pickle
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import fisherop
+from fisherop.linearize import Linearization
 from fisherop.result import EigenResult, Status
 
 _FORMAT = 1  # the highest that is read
@@ -80,6 +84,43 @@ def read(path: str | os.PathLike) -> dict[str, NDArray]:
     return fields
 
 
+def check_same(path: str | os.PathLike, fields: Mapping[str, NDArray], image: Tensor, response: Tensor) -> None:
+    """Raise ValueError unless a file belongs to this image and to a model with this response to it."""
+    stored, own = fields["image"], image.cpu().numpy()
+    if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+        raise ValueError(
+            f"{path} holds the eigendistortions of an image {stored.shape} of {stored.dtype}, this one is "
+            f"{own.shape} of {own.dtype}: use Eigendistortion.from_file(path, model)"
+        )
+    if not np.array_equal(stored, own):
+        raise ValueError(
+            f"{path} holds the eigendistortions of another image, which differs from this one by up to "
+            f"{np.abs(stored - own).max():.3g}: use Eigendistortion.from_file(path, model)"
+        )
+    if response.numel() != fields["response_size"]:
+        raise ValueError(
+            f"{path} holds the eigendistortions of another model, with {fields['response_size']} responses; this "
+            f"one has {response.numel()}"
+        )
+    difference, norm = response_difference(fields, response)
+    if not difference <= same_response(fields) * norm:
+        raise ValueError(
+            f"{path} holds the eigendistortions of another model: its response to the image differs from this "
+            f"one's by {difference / norm if norm else difference:.2g} of its norm"
+        )
+
+
+def response_difference(fields: Mapping[str, NDArray], response: Tensor) -> tuple[float, float]:
+    """The norm of a response minus the file's, and that of the file's, both by their fingerprints."""
+    stored = fields["response_fingerprint"]
+    return float(np.linalg.norm(fingerprint(response) - stored)), float(np.linalg.norm(stored))
+
+
+def same_response(fields: Mapping[str, NDArray]) -> float:
+    """How far, relative to its norm, rounding may move the response of the same model."""
+    return float(np.finfo(fields["image"].dtype).eps) ** 0.5
+
+
 def versions() -> list[str]:
     """Each library's name and version, as the library itself gives it: "torch 2.14.1+cu130" says which build it is."""
     return [f"{library.__name__} {library.__version__}" for library in (fisherop, torch, np, scipy)]
@@ -102,8 +143,19 @@ def fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
     return np.bincount(groups, signs * flat, size)
 
 
-def result_to(result: EigenResult) -> dict[str, ArrayLike]:
-    """The fields of a result as what a file can hold."""
+def contents(result: EigenResult, lin: Linearization, kind: type, model: Any) -> dict[str, ArrayLike]:
+    """What a file holds of an object of this kind."""
+    return _result_to(result) | {
+        "image": lin.image.cpu().numpy(),
+        "response_fingerprint": fingerprint(lin.response),
+        "response_shape": np.array(lin.response_shape, dtype=np.int64),
+        "engine_report": lin.engine_report,
+        "object": name_of(kind),
+        "model": name_of(model),
+    }
+
+
+def _result_to(result: EigenResult) -> dict[str, ArrayLike]:
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     fields["status"] = result.status.astype(str)
     fields["details"] = json.dumps(dict(result.details), default=_to_list)
@@ -120,7 +172,7 @@ def _to_list(x: Any) -> Any:
 
 
 def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
-    """The result that `result_to` took apart."""
+    """The result that `contents` took apart."""
     fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult)}
     fields = {name: a if a.ndim else a.item() for name, a in fields.items()}
     for name in ("lambda_max_bounds", "lambda_min_bounds"):
@@ -128,6 +180,31 @@ def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
     fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
     fields["details"] = json.loads(fields["details"])
     return EigenResult(**fields)
+
+
+class _Nowhere:
+    def write(self, data: bytes) -> int:
+        return len(data)
+
+
+def check_picklable(model: Any) -> None:
+    """Raise PicklingError, with what to send instead, where a model can't be pickled.
+
+    A pickler says nothing of the object around what it fails at, so the model is pickled once more, to nowhere. What
+    plain pickle refuses is left to cloudpickle, where it is loaded (by joblib or Dask) and takes it.
+    """
+    try:
+        pickle.Pickler(_Nowhere(), pickle.HIGHEST_PROTOCOL).dump(model)
+    except Exception as error:
+        for name in {"cloudpickle", "joblib.externals.cloudpickle"} & set(sys.modules):
+            with contextlib.suppress(Exception):
+                sys.modules[name].dumps(model)
+                return
+        raise pickle.PicklingError(
+            f"an Eigendistortion is pickled with its model, but the model {name_of(model)} can't be pickled: {error}. "
+            "Send a file in its place, by save(path) here and Eigendistortion.from_file(path, model) there; or let the "
+            "model be an instance of a class, or a function, that is defined at the top level of a module"
+        ) from error
 
 
 def _checksum(arrays: Mapping[str, NDArray]) -> str:

@@ -25,6 +25,7 @@ ORDER = [
     "layers",
     "images",
     "plot",
+    "plenoptic_files",
     "plenoptic",
     "testing",
 ]
