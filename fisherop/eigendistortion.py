@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import os
-import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +13,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fisherop.files import check_picklable, check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
-from fisherop.result import EigenResult, Status
+from fisherop.result import EigenResult
 from fisherop.solvers import eigenpairs, progress_bar, transfer
-
-_FORMAT = 1  # of files
-_LIBRARIES = ("fisherop", "torch", "numpy", "scipy")
 
 
 class Eigendistortion:
@@ -45,6 +37,12 @@ class Eigendistortion:
     model : callable or nn.Module
     result : EigenResult or None
         The certified pairs, after `synthesize`.
+
+    Notes
+    -----
+    A pickle holds the image, the model, the options and the result, and attributes that you added. Where it is loaded,
+    and where `copy.deepcopy` makes a copy, the model is linearized anew. A search goes on from nothing there, and a
+    Jacobian has to be computed anew.
 
     References
     ----------
@@ -261,9 +259,10 @@ class Eigendistortion:
     def save(self, path: str | os.PathLike) -> None:
         """Write what was found to one ``.npz`` file, which holds no pickle and which NumPy reads.
 
-        It holds the image, the fields of `result` (`details` as JSON, arrays as lists), a fingerprint of the model's
-        response, the engine's report and the versions of the libraries. It is written under a temporary name beside
-        `path` and then renamed, so that `path` holds the old file or the new one, whatever happens.
+        It holds the image, the fields of `result` (`details` as JSON, arrays as lists), the shape and a fingerprint of
+        the model's response, the engine's report, the names of the object's and the model's types, and the versions of
+        the libraries. It is written under a temporary name beside `path` and then renamed, so that `path` holds the old
+        file or the new one, whatever happens.
 
         Parameters
         ----------
@@ -277,22 +276,10 @@ class Eigendistortion:
         TypeError
             A solver of your own left something in `details` that JSON can't hold.
         """
-        fields = _to_arrays(self._found()) | {
-            "image": self.image.cpu().numpy(),
-            "response_fingerprint": _fingerprint(self.operator.linearization.response),
-            "engine_report": np.array(self.operator.linearization.engine_report),
-            "versions": np.array([f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]),
-        }
-        path = pathlib.Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, format=np.array(_FORMAT), checksum=np.array(_checksum(fields)), **fields)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write(path, self._fields())
+
+    def _fields(self) -> dict[str, ArrayLike]:
+        return contents(self._found(), self.operator.linearization, type(self), self.model)
 
     def load(self, path: str | os.PathLike) -> Eigendistortion:
         """Take the result that `save` wrote, for the same image and model.
@@ -312,9 +299,7 @@ class Eigendistortion:
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        fields = _read(path)
-        self._check_same(path, fields)
-        self.result = _from_arrays(fields)
+        self._take(path, read(path))
         return self
 
     @classmethod
@@ -339,39 +324,16 @@ class Eigendistortion:
         ValueError
             As by `load`, and as by `linearize`.
         """
-        fields = _read(path)
+        fields = read(path)
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
         self = cls(torch.as_tensor(fields["image"], device=device), model)
-        self._check_same(path, fields)
-        self.result = _from_arrays(fields)
+        self._take(path, fields)
         return self
 
-    def _check_same(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
-        image, own = fields["image"], self.image.cpu().numpy()
-        if (image.shape, image.dtype) != (own.shape, own.dtype):
-            raise ValueError(
-                f"{path} holds the eigendistortions of an image {image.shape} of {image.dtype}, this one is "
-                f"{own.shape} of {own.dtype}: use Eigendistortion.from_file(path, model)"
-            )
-        if not np.array_equal(image, own):
-            raise ValueError(
-                f"{path} holds the eigendistortions of another image, which differs from this one by up to "
-                f"{np.abs(image - own).max():.3g}: use Eigendistortion.from_file(path, model)"
-            )
-        response = self.operator.linearization.response
-        if response.numel() != fields["response_size"]:
-            raise ValueError(
-                f"{path} holds the eigendistortions of another model, with {fields['response_size']} responses; this "
-                f"one has {response.numel()}"
-            )
-        fingerprint, stored = _fingerprint(response), fields["response_fingerprint"]
-        difference, norm = (float(np.linalg.norm(x)) for x in (fingerprint - stored, stored))
-        if not difference <= np.finfo(own.dtype).eps ** 0.5 * norm:
-            raise ValueError(
-                f"{path} holds the eigendistortions of another model: its response to the image differs from this "
-                f"one's by {difference / norm if norm else difference:.2g} of its norm"
-            )
+    def _take(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
+        check_same(path, fields, self.image, self.operator.linearization.response)
+        self.result = result_from(fields)
 
     @property
     def image(self) -> Tensor:
@@ -405,76 +367,33 @@ class Eigendistortion:
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self.image.device)
 
+    def __reduce__(self) -> tuple:
+        check_picklable(self.model)
+        return self._parts()
 
-def _fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
-    """Sums of the response's elements with random signs, in random groups; differences keep their norm, within 20 %.
+    def _parts(self) -> tuple:
+        built = ("operator", "model", "_products", "_state")
+        rest = {name: value for name, value in vars(self).items() if name not in built}
+        return _rebuild, (type(self), self.image, self.model, self._products), rest
 
-    This is the CountSketch of M. Charikar, K. Chen and M. Farach-Colton, Finding frequent items in data streams, 2002.
-    """
-    flat = response.detach().cpu().double().flatten().numpy()
-    rng = np.random.default_rng(256)
-    groups, signs = rng.integers(size, size=len(flat)), rng.choice([-1.0, 1.0], len(flat))
-    return np.bincount(groups, signs * flat, size)
+    def __setstate__(self, rest: dict[str, Any]) -> None:
+        vars(self).update(rest)
+        if self.result is not None:
+            self.result = dataclasses.replace(self.result)  # its arrays are read-only again
 
+    def __copy__(self) -> Eigendistortion:
+        new = type(self).__new__(type(self))
+        vars(new).update(vars(self), _state={})  # a search belongs to one object
+        return new
 
-def _to_arrays(result: EigenResult) -> dict[str, NDArray]:
-    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    fields["status"] = result.status.astype(str)
-    fields["details"] = json.dumps(dict(result.details), default=_to_list)
-    return {name: np.asarray(value) for name, value in fields.items()}
-
-
-def _to_list(x: Any) -> Any:
-    if isinstance(x, np.ndarray | np.generic | Tensor):
-        return x.tolist()
-    raise TypeError(
-        f"the result's details hold a {type(x).__name__}, which can't be saved: let the solver give arrays, numbers, "
-        "strings, lists and dicts"
-    )
+    def __deepcopy__(self, memo: dict[int, Any]) -> Eigendistortion:
+        _, args, rest = self._parts()  # a model that can't be pickled may be copied all the same
+        new = memo[id(self)] = _rebuild(*copy.deepcopy(args, memo))
+        new.__setstate__(copy.deepcopy(rest, memo))
+        return new
 
 
-def _from_arrays(arrays: dict[str, NDArray]) -> EigenResult:
-    fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult)}
-    fields = {name: a if a.ndim else a.item() for name, a in fields.items()}
-    for name in ("lambda_max_bounds", "lambda_min_bounds"):
-        fields[name] = tuple(fields[name].tolist())
-    fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
-    fields["details"] = json.loads(fields["details"])
-    return EigenResult(**fields)
-
-
-def _checksum(fields: dict[str, NDArray]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(fields.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: str | os.PathLike) -> dict[str, NDArray]:
-    """The arrays of a file, as they were saved."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-        file.seek(0)
-        if not b"PK\3\4".startswith(start):
-            raise ValueError(f"{path} is no file of eigendistortions: it is no .npz file")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                fields = {}
-                for name in archive.namelist():
-                    with archive.open(name) as part:
-                        fields[name.removesuffix(".npy")] = np.lib.format.read_array(part, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged or was cut short, so that nothing was loaded: {error}") from error
-    version = fields.pop("format", None)
-    if version is None or "checksum" not in fields:
-        raise ValueError(f"{path} is no file of eigendistortions: it holds {', '.join(fields) or 'nothing'}")
-    if version.ndim or version.dtype.kind != "i" or version < 1:
-        raise ValueError(f"{path} is damaged: its format is {version!r}")
-    if version > _FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this version of fisherop reads up to {_FORMAT}: update fisherop"
-        )
-    if fields.pop("checksum") != _checksum(fields):
-        raise ValueError(f"{path} is damaged: its checksum doesn't fit what it holds")
-    return fields
+def _rebuild(kind: type, image: Tensor, model: Callable[[Tensor], Any], products: dict[str, Any]) -> Eigendistortion:
+    new = kind.__new__(kind)
+    Eigendistortion.__init__(new, image, model, **products)  # whatever a subclass's own takes
+    return new

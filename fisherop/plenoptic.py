@@ -7,24 +7,107 @@ installed for those alone. ``docs/from_plenoptic.md`` says what differs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import fisherop.eigendistortion
+from fisherop import plenoptic_files
 from fisherop.plot import Panel, describe, draw, to_pictures, value_range
 
 
 class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
-    """`fisherop.Eigendistortion`, but a `synthesize` that does not converge warns, so that a script goes on."""
+    """`fisherop.Eigendistortion`, but a `synthesize` that does not converge warns, so that a script goes on.
+
+    `load` takes the arguments of plenoptic's and checks what it checks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._built_in = frozenset(vars(self)) | {"_built_in"}
 
     def synthesize(self, *args: Any, on_failure: str = "warn", **kwargs: Any) -> Eigendistortion:
         return super().synthesize(*args, on_failure=on_failure, **kwargs)
+
+    def save(self, file_path: str | os.PathLike) -> None:
+        """`fisherop.Eigendistortion.save`; of attributes that you added the names are saved, not the values."""
+        super().save(file_path)
+
+    def _fields(self) -> dict[str, Any]:
+        return super()._fields() | {"attributes": np.array(sorted(self._added()), dtype=str)}
+
+    def _added(self) -> set[str]:
+        return set(vars(self)) - self._built_in
+
+    def load(
+        self,
+        file_path: str | os.PathLike,
+        map_location: str | torch.device | None = None,
+        raise_on_checks: bool = True,
+        tensor_equality_atol: float = 1e-8,
+        tensor_equality_rtol: float = 1e-5,
+    ) -> Eigendistortion:
+        """Take the result that `save` wrote, for the same image and model.
+
+        Parameters
+        ----------
+        file_path : str or path-like
+        map_location : str or torch.device, optional
+            The device that the image must be on. What is loaded goes there with or without it, since a file holds no
+            device.
+        raise_on_checks : bool
+            If False, a check that fails warns: the image is then the file's, and the model stays this object's. Where
+            the model's response differs, the pairs are certified anew by its products, and `result` says what holds.
+            Another device or dtype is an error all the same.
+        tensor_equality_atol, tensor_equality_rtol : float
+            The image may differ from the file's by atol + rtol |x| in each element x. The response, of which the file
+            holds a fingerprint alone, may differ from the file's y by atol √M + rtol ‖y‖ in norm.
+
+        Returns
+        -------
+        Eigendistortion
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            There is a result already; the file is damaged or of another kind; or the type of the object, its
+            attributes, the image, or the model's response or name are others. The object is unchanged.
+
+        Warns
+        -----
+        io.LoadWarning
+            As above, with ``raise_on_checks=False``.
+        """
+        if self.result is not None:
+            raise ValueError(
+                "load can only be called with a just-initialized Eigendistortion object, and this one has a result: "
+                "make another, or use Eigendistortion.from_file(path, model)"
+            )
+        operator, result = plenoptic_files.load(
+            self,
+            file_path,
+            map_location,
+            None if raise_on_checks else io.LoadWarning,
+            tensor_equality_atol,
+            tensor_equality_rtol,
+            self._added(),
+        )
+        self.operator, self.result, self._state = operator, result, {}
+        return self
+
+    @property
+    def _representation_flat(self) -> Tensor:
+        """The response, shape (M, 1), by the name at which plenoptic's own tests look."""
+        return self.operator.linearization.response.reshape(-1, 1)
 
 
 def display_eigendistortion(
@@ -209,16 +292,42 @@ class _Shown:
         return [Panel(p, limits, f"{name}\n{describe(limits)}") for p, name in zip(pictures, names, strict=True)]
 
 
-class _Namespace:
-    """Some names of our own in the place of plenoptic's; all others are plenoptic's."""
+def examine_saved_synthesis(file_path: str | os.PathLike, map_location: str | torch.device | None = None) -> None:
+    """Print what a saved object holds: versions, names, shapes.
 
-    def __init__(self, path: str, **own: Any) -> None:
-        vars(self).update(own, _path=path)
+    Parameters
+    ----------
+    file_path : str or path-like
+        A file by `Eigendistortion.save`; one by `torch.save` goes to plenoptic's function of this name.
+    map_location : str or torch.device, optional
+        For plenoptic's files; those of `Eigendistortion.save` hold no device.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged or of another kind.
+    """
+    if plenoptic_files.is_torchs(file_path):
+        _module("plenoptic.io").examine_saved_synthesis(file_path, map_location)
+    else:
+        plenoptic_files.examine(file_path)
+
+
+class _Namespace:
+    """Some names of our own in the place of plenoptic's; all others are plenoptic's, or `fallback`'s without it."""
+
+    def __init__(self, path: str, fallback: Mapping[str, Any] = MappingProxyType({}), **own: Any) -> None:
+        vars(self).update(own, _path=path, _fallback=fallback)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(_module(self._path), name)
+        try:
+            return getattr(_module(self._path), name)
+        except ImportError:
+            if name in self._fallback:
+                return self._fallback[name]
+            raise
 
 
 def _module(path: str) -> Any:
@@ -245,5 +354,10 @@ synth = synthesize = _Namespace(
     "plenoptic.synthesize",
     Eigendistortion=Eigendistortion,
     eigendistortion=_Namespace("plenoptic.synthesize.eigendistortion", **_own),
+)
+io = _Namespace(
+    "plenoptic.io",
+    {"LoadWarning": plenoptic_files.LoadWarning},
+    examine_saved_synthesis=examine_saved_synthesis,
 )
 plot = _Namespace("plenoptic.plot", eigendistortion_imshow_all=eigendistortion_imshow_all)

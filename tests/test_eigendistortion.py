@@ -1,8 +1,13 @@
+import copy
 import dataclasses
+import importlib.metadata
+import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +15,11 @@ import torch
 from helpers import DEVICES, DTYPES, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import fisherop
 from fisherop import ConvergenceError, Eigendistortion
-from fisherop.eigendistortion import _fingerprint
+from fisherop.files import fingerprint, name_of
 from fisherop.solvers.exact import exact
 from fisherop.testing import linear_model, matrix_with_singular_values
 
@@ -228,6 +235,26 @@ def test_files_hold_everything(dtype, tmp_path):
         assert set(archive["versions"].tolist()) > {f"torch {torch.__version__}", f"numpy {np.__version__}"}
 
 
+def test_files_name_the_libraries_as_these_name_themselves(tmp_path, monkeypatch):
+    """Also where a package can be imported but isn't installed, and with the build, which an installer leaves out."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", "9.8.7+cu999")
+    ed = linear().synthesize("exact", k=1, progress=False)
+    ed.save(tmp_path / "ed.npz")
+    with np.load(tmp_path / "ed.npz") as archive:
+        first, second, *rest = archive["versions"].tolist()
+        assert archive["model"] == "fisherop.testing.linear_model.<locals>.model"
+        assert archive["object"] == "fisherop.eigendistortion.Eigendistortion"
+        assert archive["response_shape"].tolist() == [30]
+    assert (first, second) == (f"fisherop {fisherop.__version__}", "torch 9.8.7+cu999")
+    assert [text.split()[0] for text in rest] == ["numpy", "scipy"]
+    assert name_of(nn.ReLU()) == "torch.nn.modules.activation.ReLU" and name_of(torch.relu).endswith("relu")
+
+
 def test_files_cut_short_anywhere(saved):
     whole, ed = saved.read_bytes(), linear()
     for n in range(len(whole)):
@@ -293,6 +320,9 @@ def test_files_of_another_kind_image_or_model(saved):
     for path, message in ((".npy", "it is no .npz file"), (".txt", "it is no .npz file"), (".npz", "it holds arr_0")):
         with pytest.raises(ValueError, match=f"is no file of eigendistortions: {message}"):
             linear().load(saved.with_suffix(path))
+    torch.save({"image": image}, saved)
+    with pytest.raises(ValueError, match=r"torch\.save wrote it, as plenoptic does\. Open it with plenoptic"):
+        linear().load(saved)
     with pytest.raises(FileNotFoundError):
         linear().load(saved.with_name("nothing"))
     with pytest.raises(ValueError, match=r"no eigendistortions yet: call synthesize\(\) first"):
@@ -363,5 +393,109 @@ def test_fingerprints_keep_distances(size, difference, seed, one):
     rng = np.random.default_rng(seed)
     a, change = rng.standard_normal(size), np.eye(size)[seed % size] if one else rng.standard_normal(size)
     change *= difference / np.linalg.norm(change)
-    a, b = (_fingerprint(torch.as_tensor(x)) for x in (a, a + change))
+    a, b = (fingerprint(torch.as_tensor(x)) for x in (a, a + change))
     assert 0.5 * difference <= np.linalg.norm(b - a) <= 1.6 * difference
+
+
+WAYS = {
+    **{f"pickle {p}": lambda ed, p=p: pickle.loads(pickle.dumps(ed, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+class Named(Eigendistortion):
+    """A class of a user's own, which takes other arguments."""
+
+    def __init__(self, name):
+        super().__init__(small_image(), small_model(), engine="functional", chunk_size=5)
+        self.name = name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_hold_everything(way):
+    ed = Named("mine")
+    assert WAYS[way](ed).result is None
+    ed.synthesize("golub_kahan", k=2, rng=0, tol=1e-5, progress=False)
+    other = WAYS[way](ed)
+    assert type(other) is Named and other.name == "mine" and torch.equal(other.image, ed.image)
+    assert str(other.result) == str(ed.result) and other.result.converged.all()
+    for field in dataclasses.fields(ed.result):
+        if field.name != "details":
+            np.testing.assert_array_equal(getattr(other.result, field.name), getattr(ed.result, field.name))
+    assert not other.result.eigenvectors.flags.writeable
+    assert other.operator.linearization.engine_report[0].startswith("functional: in use, 5 vectors")
+    v = np.random.default_rng(0).standard_normal(48)
+    np.testing.assert_array_equal(other.operator @ v, ed.operator @ v)
+
+    before = ed.model(ed.image)
+    with torch.no_grad():
+        next(other.model.parameters()).zero_()
+    assert torch.equal(ed.model(ed.image), before) == (way != "copy")  # a shallow copy shares the model
+    other.result = None
+    assert ed.result is not None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_search_stays_with_its_object(way):
+    """A copy searches anew, and changes nothing of the search that the object can go on from."""
+    ed = Eigendistortion(small_image(), small_model())
+    ed.synthesize("golub_kahan", rng=0, tol=1e-2, progress=False)
+    other = WAYS[way](ed)
+    for one in (other, ed):
+        one.synthesize("golub_kahan", k=3, rng=1, tol=1e-6, progress=False)
+        assert one.result.converged.all() and list(one.eigenindex) == [0, 1, 2, 45, 46, 47]
+    np.testing.assert_allclose(other.result.eigenvalues, ed.result.eigenvalues, atol=1e-5 * ed.result.eigenvalues[0])
+
+
+ELSEWHERE = """
+import pickle, sys
+ed = pickle.load(sys.stdin.buffer)
+print(ed, (ed.operator @ ed.result.eigenvectors).sum() / (ed.result.eigenvalues * ed.result.eigenvectors).sum())
+"""
+
+
+def test_another_process_takes_a_pickle():
+    model = nn.Linear(24, 30).double()
+    ed = Eigendistortion(torch.linspace(0, 1, 24).double(), model).synthesize("exact", k=1, progress=False)
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], input=pickle.dumps(ed), capture_output=True, check=True)
+    head, ratio = done.stdout.decode().rsplit(None, 1)
+    assert head == "<Eigendistortion of Linear at an image (24,): 2 eigendistortions>" and abs(float(ratio) - 1) < 1e-9
+
+
+class HoldsALambda(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = lambda x: 2 * x
+
+    def forward(self, x):
+        return self.scale(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(lambda x: 2 * x, "test_eigendistortion.<lambda>"), (HoldsALambda(), "HoldsALambda")]
+)
+def test_models_that_cannot_be_pickled(model, name, monkeypatch):
+    ed = Eigendistortion(torch.ones(1, 24).double(), model).synthesize("exact", k=1, progress=False)
+    advice = (
+        rf"the model .*{name} can't be pickled: .*<lambda>.* save\(path\) here and Eigendistortion\.from_file\(path"
+    )
+    for others in ({}, {"cloudpickle": types.SimpleNamespace(dumps=pickle.dumps)}):
+        for module in others:
+            monkeypatch.setitem(sys.modules, module, others[module])
+        with pytest.raises(pickle.PicklingError, match=advice) as caught:
+            pickle.dumps(ed)
+        assert caught.value.__cause__ is not None
+    assert copy.deepcopy(ed).result.converged.all() and copy.copy(ed).model is model
+
+    class Cloud(pickle.Pickler):  # takes functions by value, as cloudpickle does
+        def reducer_override(self, x):
+            return (eval, ("lambda x: 2 * x",)) if getattr(x, "__name__", "") == "<lambda>" else NotImplemented
+
+    def cloud_dumps(x):
+        Cloud(file := io.BytesIO()).dump(x)
+        return file.getvalue()
+
+    monkeypatch.setitem(sys.modules, "cloudpickle", types.SimpleNamespace(dumps=cloud_dumps))
+    other = pickle.loads(cloud_dumps(ed))
+    np.testing.assert_array_equal(other.operator.matvec(np.ones(24)), 4 * np.ones(24))

@@ -1,3 +1,5 @@
+import pickle
+import re
 import sys
 import types
 
@@ -131,6 +133,249 @@ def test_what_did_not_converge_warns():
     assert ed.result.noise > ed.result.tol / 4
     with pytest.raises(fisherop.ConvergenceError, match="or use method='golub_kahan'"):
         ed.synthesize(method="power", max_iter=2, progress=False, rng=0, on_failure="raise")
+
+
+RESPONSE = linear_model(MATRIX)
+IMAGE = torch.linspace(0, 1, 60, dtype=torch.float64).reshape(1, 1, 6, 10)
+
+
+ROWS = torch.linspace(1, 3, 70, dtype=torch.float64)
+
+
+def model(x):
+    return RESPONSE(x)
+
+
+def named(name, change):
+    def changed(x):
+        return change(RESPONSE(x))
+
+    changed.__qualname__ = name
+    return changed
+
+
+class Other(po.Eigendistortion):
+    pass
+
+
+def ed_with(image=IMAGE, model=model, kind=po.Eigendistortion, **attributes):
+    ed = kind(image, model)
+    vars(ed).update(attributes)
+    return ed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "ed.pt"
+    ed_with().synthesize("exact", k=1, progress=False).save(path)
+    return path
+
+
+def test_load_takes_what_belongs_to_the_same_image_and_model(saved):
+    truth = ed_with().synthesize("exact", k=1, progress=False)
+    for options in ({}, {"map_location": "cpu"}, {"map_location": torch.device("cpu", 0)}, {"raise_on_checks": False}):
+        for ed in (ed_with(), ed_with(model=named("some.where.model", lambda y: y * (1 + 1e-9)))):
+            operator = ed.operator
+            assert ed.load(saved, **options) is ed and ed.operator is operator
+            assert torch.equal(ed.eigendistortions, truth.eigendistortions) and ed.result.converged.all()
+    fisherop.Eigendistortion(IMAGE, model).load(saved)
+    fisherop.Eigendistortion.from_file(saved, model).save(saved)
+    assert ed_with().load(saved).result.method == "exact"
+    ed = ed_with(kind=Other, mine=1).synthesize("exact", k=1, progress=False)
+    ed.save(saved)
+    assert ed_with(kind=Other, mine=2).load(file_path=saved).mine == 2
+
+
+def test_load_within_a_tolerance_takes_the_image_of_the_file(saved):
+    near = IMAGE + 1e-6
+    with pytest.raises(ValueError, match=r"attribute image have different values!\nThey differ by up to 1e-06"):
+        ed_with(near).load(saved)
+    for options in ({"tensor_equality_atol": 1e-5}, {"tensor_equality_atol": 2e-6, "tensor_equality_rtol": 0}):
+        ed = ed_with(near).load(saved, **options)
+        assert torch.equal(ed.image, IMAGE) and torch.equal(ed.operator.linearization.response, model(IMAGE))
+        assert ed.result.converged.all()
+    shifted = named("model", lambda y: y + 1e-3)
+    with pytest.raises(ValueError, match=r"model output have different values!\nThey differ by 0\.0\d+ in norm, of "):
+        ed_with(model=shifted).load(saved)
+    ed = ed_with(model=shifted).load(saved, tensor_equality_atol=1e-2)  # its Jacobian is the same
+    assert ed.result.converged.all()
+    # a response within a tolerance that the user widened says nothing of the Jacobian: products do
+    bent = named("model", lambda y: y + 1e-3 + 1e-2 * (y - RESPONSE(IMAGE)) * ROWS)
+    with pytest.warns(RuntimeWarning, match=r"did not reach tol=1e-06"):
+        ed_with(model=bent).load(saved, tensor_equality_atol=1e-2)
+
+
+VALUES, SHAPE, NAMES = (f"have different {what}!" for what in ("values", "shape", "names"))
+DIFFERENCES = {
+    "image": (
+        {"image": IMAGE + 0.25},
+        [f"Saved and initialized attribute image {VALUES}\nThey differ by up to 0.25"],
+        2,
+    ),
+    "image's shape": (
+        {"image": IMAGE.reshape(1, 1, 10, 6)},
+        [f"Saved and initialized attribute image {SHAPE}\nSaved: (1, 1, 6, 10)\nInitialized: (1, 1, 10, 6)"],
+        2,
+    ),
+    "twice": ({"model": named("model", lambda y: 2 * y)}, [f"Saved and initialized model output {VALUES}"], 2),
+    "weighted": ({"model": named("model", lambda y: y * ROWS)}, [f"Saved and initialized model output {VALUES}"], 0),
+    "response's shape": (
+        {"model": named("model", lambda y: y.reshape(7, 10))},
+        [f"Saved and initialized model output {SHAPE}\nSaved: (70,)\nInitialized: (7, 10)"],
+        2,
+    ),
+    "response's size": (
+        {"model": named("model", lambda y: y[:50])},
+        [f"Saved and initialized model output {SHAPE}"],
+        0,
+    ),
+    "name": (
+        {"model": named("other", lambda y: 1 * y)},
+        [f"Saved and initialized model {NAMES}\nSaved: model\nInitialized: other"],
+        2,
+    ),
+    "type": (
+        {"kind": Other},
+        ["Saved object was a plenoptic.Eigendistortion, but initialized object is a test_plenoptic.Other!"],
+        2,
+    ),
+    "attribute": ({"mine": 1}, ["Initialized object has 1 attribute(s) not present in the saved object! mine"], 2),
+    "all": (
+        {"kind": Other, "mine": 1, "image": IMAGE + 1, "model": named("other", lambda y: y * ROWS)},
+        [
+            "Saved object was",
+            "Initialized object has 1",
+            "Saved and initialized attribute image",
+            "Saved and initialized model output",
+            "Saved and initialized model have",
+        ],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_load_of_what_differs(difference, saved):
+    arguments, problems, holding = DIFFERENCES[difference]
+    ed = ed_with(**arguments)
+    image, operator = ed.image, ed.operator
+    with pytest.raises(ValueError, match="^" + re.escape(problems[0])) as caught:
+        ed.load(saved)
+    assert str(caught.value).endswith("If you are sure that both are the same, call load with raise_on_checks=False")
+    assert ed.result is None and ed.operator is operator and ed.image is image
+    with pytest.warns() as warned:
+        ed.load(saved, raise_on_checks=False)
+    for warning, problem in zip(warned, problems, strict=True):
+        assert str(warning.message).startswith(problem) and warning.filename == __file__
+        assert warning.category is po.io.LoadWarning
+    assert torch.equal(ed.image, IMAGE) and ed.model is arguments.get("model", model)
+    assert np.count_nonzero(ed.result.converged) == holding
+    if "output" in problems[0]:
+        assert f"by whose products {holding} of 2 pairs of the file hold to tol=1e-06" in str(warned[0].message)
+    step = ed.model(ed.eigendistortions[0])  # the models are linear, and √λ is how far theirs, not the file's, moves
+    assert torch.linalg.vector_norm(step).item() ** 2 == pytest.approx(ed.eigenvalues[0].item())
+
+
+def test_load_with_attributes_of_the_saved_object(saved):
+    ed_with(mine=1).synthesize("exact", k=1, progress=False).save(saved)
+    with pytest.raises(
+        ValueError, match=r"Saved object has 1 attribute\(s\) not present in the initialized object! mine"
+    ):
+        ed_with().load(saved)
+
+
+def test_load_of_a_file_without_names(saved):
+    """As fisherop wrote it before plenoptic's checks were here."""
+    with np.load(saved) as archive:
+        fields = {
+            name: archive[name] for name in set(archive.files) - {"object", "model", "attributes", "response_shape"}
+        }
+    fields = {name: array for name, array in fields.items() if name not in ("format", "checksum", "versions")}
+    fisherop.files.write(saved, fields)
+    assert ed_with(kind=Other, mine=1, model=named("other", lambda y: y.reshape(7, 10))).load(saved).result is not None
+    with pytest.raises(ValueError, match="model output have different shape"):
+        ed_with(model=named("model", lambda y: y[:50])).load(saved)
+
+
+@pytest.mark.parametrize("raise_on_checks", [True, False])
+def test_load_refuses_another_arithmetic_whatever_is_asked(saved, raise_on_checks):
+    single = po.Eigendistortion(IMAGE.float(), linear_model(MATRIX, torch.float32))
+    for ed, options, message in (
+        (
+            single,
+            {},
+            r"have different dtype!\nSaved: torch\.float64\nInitialized: torch\.float32\nLoad it for an image",
+        ),
+        (ed_with(), {"map_location": "cuda:1"}, r"different device!\nmap_location: cuda:1\nInitialized: cpu\nWhat is"),
+        (
+            ed_with(),
+            {"map_location": "gpu"},
+            r"map_location must be a device, like 'cpu' or 'cuda:0', or None, got 'gpu'",
+        ),
+        (ed_with(), {"map_location": {"cuda:0": "cpu"}}, r"map_location must be a device, .* no devices that could be"),
+        (ed_with(), {"tensor_equality_atol": -1.0}, r"tensor_equality_atol must be a number from 0, got -1\.0"),
+        (ed_with(), {"tensor_equality_rtol": "1"}, r"tensor_equality_rtol must be a number from 0, got '1'"),
+        (ed_with().load(saved), {}, r"load can only be called with a just-initialized .*\.from_file\(path, model\)"),
+    ):
+        before = ed.result
+        with pytest.raises(ValueError, match=message):
+            ed.load(saved, raise_on_checks=raise_on_checks, **options)
+        assert ed.result is before
+
+
+def test_copies_know_what_was_added(saved):
+    ed = pickle.loads(pickle.dumps(ed_with()))
+    assert ed.load(saved).result.converged.all()
+    ed.mine = 1
+    ed.save(saved)
+    with pytest.raises(ValueError, match=r"not present in the initialized object! mine\n"):
+        ed_with().load(saved)
+
+
+def test_what_a_file_holds(saved, capsys, tmp_path, monkeypatch):
+    po.io.examine_saved_synthesis(saved, map_location="cpu")
+    out = capsys.readouterr().out
+    for line in (
+        f"fisherop version  : {fisherop.__version__} (installed: {fisherop.__version__})",
+        f"torch version     : {torch.__version__} (installed: {torch.__version__})",
+        "Saved object type : plenoptic.Eigendistortion",
+        "model : test_plenoptic.model, (1, 1, 6, 10) -> (70,)",
+        "image                : float64, shape (1, 1, 6, 10)",
+        "eigenvectors         : float64, shape (60, 2)",
+        "tol           : 1e-06",
+    ):
+        assert f"{line}\n" in out
+    saved.write_bytes(saved.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged or was cut short"):
+        po.io.examine_saved_synthesis(saved)
+    saved.write_text("eigendistortions")
+    with pytest.raises(ValueError, match=r"it is no \.npz file"):
+        po.io.examine_saved_synthesis(saved)
+    with pytest.raises(FileNotFoundError):
+        po.io.examine_saved_synthesis(tmp_path / "nothing")
+
+    torch.save({}, saved)  # as plenoptic does, to whose function it goes
+    module, seen = types.ModuleType("plenoptic.io"), []
+    module.examine_saved_synthesis = lambda *arguments: seen.append(arguments)
+    monkeypatch.setitem(sys.modules, "plenoptic", types.ModuleType("plenoptic"))
+    monkeypatch.setitem(sys.modules, "plenoptic.io", module)
+    po.io.examine_saved_synthesis(saved, "cpu")
+    assert seen == [(saved, "cpu")]
+
+
+def test_warnings_of_load_are_plenoptics_where_it_is_installed(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plenoptic", None)
+    with pytest.warns(UserWarning, match="different names") as warned:
+        ed_with(model=named("other", lambda y: 1 * y)).load(saved, raise_on_checks=False)
+    assert [w.category for w in warned] == [po.io.LoadWarning] and po.io.LoadWarning.__module__.startswith("fisherop")
+    with pytest.raises(ImportError, match=r"looks up what isn't its own there, `pip install plenoptic`"):
+        po.io.no_such_name  # noqa: B018
+    module = types.ModuleType("plenoptic.io")
+    module.LoadWarning = type("LoadWarning", (UserWarning,), {})
+    monkeypatch.setitem(sys.modules, "plenoptic", types.ModuleType("plenoptic"))
+    monkeypatch.setitem(sys.modules, "plenoptic.io", module)
+    with pytest.warns(module.LoadWarning, match="different names"):
+        ed_with(model=named("other", lambda y: 1 * y)).load(saved, raise_on_checks=False)
 
 
 def test_all_other_names_are_plenoptics(monkeypatch):

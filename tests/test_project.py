@@ -20,10 +20,12 @@ ORDER = [
     "operators",
     "result",
     "solvers",
+    "files",
     "eigendistortion",
     "layers",
     "images",
     "plot",
+    "plenoptic_files",
     "plenoptic",
     "testing",
 ]
