@@ -13,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from fisherop.files import check_picklable, check_same, contents, read, result_from, write
+from fisherop.files import check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
+from fisherop.pickles import check_picklable
 from fisherop.result import EigenResult
 from fisherop.solvers import eigenpairs, progress_bar, transfer
 
@@ -368,7 +369,8 @@ class Eigendistortion:
         return torch.tensor(array, device=self.image.device)
 
     def __reduce__(self) -> tuple:
-        check_picklable(self.model)
+        file = "send a file in its place, by save(path) here and Eigendistortion.from_file(path, model) there"
+        check_picklable(self.model, "an Eigendistortion", file)
         return self._parts()
 
     def _parts(self) -> tuple:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import pickle
-import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -180,31 +177,6 @@ def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
     fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
     fields["details"] = json.loads(fields["details"])
     return EigenResult(**fields)
-
-
-class _Nowhere:
-    def write(self, data: bytes) -> int:
-        return len(data)
-
-
-def check_picklable(model: Any) -> None:
-    """Raise PicklingError, with what to send instead, where a model can't be pickled.
-
-    A pickler says nothing of the object around what it fails at, so the model is pickled once more, to nowhere. What
-    plain pickle refuses is left to cloudpickle, where it is loaded (by joblib or Dask) and takes it.
-    """
-    try:
-        pickle.Pickler(_Nowhere(), pickle.HIGHEST_PROTOCOL).dump(model)
-    except Exception as error:
-        for name in {"cloudpickle", "joblib.externals.cloudpickle"} & set(sys.modules):
-            with contextlib.suppress(Exception):
-                sys.modules[name].dumps(model)
-                return
-        raise pickle.PicklingError(
-            f"an Eigendistortion is pickled with its model, but the model {name_of(model)} can't be pickled: {error}. "
-            "Send a file in its place, by save(path) here and Eigendistortion.from_file(path, model) there; or let the "
-            "model be an instance of a class, or a function, that is defined at the top level of a module"
-        ) from error
 
 
 def _checksum(arrays: Mapping[str, NDArray]) -> str:
