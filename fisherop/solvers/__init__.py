@@ -171,6 +171,7 @@ def eigenpairs(
             rng=rng,
             ground=ground,
             details=why | details,
+            sample=sample,
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
     if keeps and stopped is None and not result.converged.all():
