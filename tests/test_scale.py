@@ -172,8 +172,13 @@ def test_the_next_pairs_at_any_scale(power):
 
 
 TOO_MUCH = [
-    (FLOAT32, 1e-37, FloatingPointError, r"too small for float32: ‖J v‖ is about 1\.1e-37 .*model\(x\) \* 9e\+36"),
-    (FLOAT32, 1e36, OverflowError, r"too large for float32: ‖J v‖ is about 1\.1e\+36 .*model\(x\) \* 9e-37"),
+    (
+        FLOAT32,
+        1e-37,
+        FloatingPointError,
+        r"too small for float32: ‖J v‖ is about \S+e-3[78] .*model\(x\) \* \de\+3[67]",
+    ),
+    (FLOAT32, 1e36, OverflowError, r"too large for float32: ‖J v‖ is about \S+e\+3[56] .*model\(x\) \* \de-3[67]"),
     (FLOAT64, 1e-152, FloatingPointError, r"too small for float64: .*between 3e-151 and 3e\+150"),
     (FLOAT64, 1e170, OverflowError, r"too large for float64: .*between 3e-151 and 3e\+150"),
 ]
