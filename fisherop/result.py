@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,6 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from fisherop.jacobian import scaled
+from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
 
@@ -59,7 +64,8 @@ class EigenResult:
         N and M.
     lambda_max_bounds, lambda_min_bounds : (float, float)
         Intervals for the extreme eigenvalues of F. The inner bounds are Rayleigh quotients; the outer ones come from
-        the solver's own theory, or are 0, since F is positive semidefinite, and infinity. λ_min = 0 where M < N.
+        the solver's own theory, or are 0, since F is positive semidefinite, and infinity. λ_min = 0 where M < N. Both
+        intervals are (0, 0) where J is zero, so that every vector is both extremes.
     noise : float
         Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
         eigenvalues below 4 ε² λ_max are noise. The inequalities are held with ε as a margin, that of residuals with
@@ -157,10 +163,12 @@ def certify(
     rng: int | np.random.Generator | None = None,
     ground: str | None = None,
     details: Mapping[str, Any] | None = None,
+    sample: Sample | None = None,
 ) -> EigenResult:
     """Certify that vectors are the eigenvectors of F they are said to be, by fresh products and nothing else.
 
-    Costs 1 product a vector, 2 for the noise, and `probe` to look for directions beyond those found.
+    Costs 1 product a vector, 2 for the noise, and `probe` to look for directions beyond those found. Where F would
+    leave the range of the dtype, the products are those of J times a power of two, and what is found is scaled back.
 
     Parameters
     ----------
@@ -180,6 +188,8 @@ def certify(
         For the probe.
     method, ground, details
         Are kept in the result.
+    sample : Sample, optional
+        Of the operator, where there is one already; else it is drawn by `rng`.
 
     Returns
     -------
@@ -190,6 +200,13 @@ def certify(
     ValueError
         The vectors are not finite, orthonormal and in descending order of their Rayleigh quotients, or the indices
         don't fit.
+    OverflowError, FloatingPointError
+        J is so large or so small that its products leave what the dtype can hold.
+
+    Warns
+    -----
+    RuntimeWarning
+        J is zero, so that every vector is both extremes.
     """
     operator = getattr(operator, "fisher", operator)
     if not hasattr(operator, "jacobian"):
@@ -199,13 +216,15 @@ def certify(
         raise ValueError(f"probe must be an integer from 0, got {probe!r}")
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    rng = spawned(rng)
     v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
     index = _check_index(eigenindex, n)
     if v.shape != (n, len(index)):
         raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
     norms = _check_orthonormal(v, np.finfo(operator.dtype).eps)
 
+    sample = sample or Sample.of(operator, spawned(rng))
+    operator = scaled(operator, sample.exponent)
+    unit = 2.0 ** (-2 * sample.exponent)  # what stands for an eigenvalue of 1 from here on
     jacobian = operator.jacobian
     jv = jacobian.matmat(v).astype(np.float64) / norms
     values = np.einsum("ij,ij->j", jv, jv)
@@ -213,12 +232,13 @@ def certify(
     residuals = np.linalg.norm(fv - values * (v / norms), axis=0)
 
     probe = min(probe, n - len(index))
-    low, high = ritz_extremes(operator, v, probe, rng)
+    low, high = ritz_extremes(operator, v, probe, sample.start)
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
-    noise = _noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max, rng)
+    noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
     scale = max(values.max(initial=0.0), high * (1 - noise))
     eps = float(np.finfo(operator.dtype).eps)
-    order = _check_order(values, 1000 * eps * values.max(initial=0.0) + 100 * max(noise, eps) ** 2 * scale)
+    rounding = 1000 * eps * values.max(initial=0.0) + 100 * max(noise, eps) ** 2 * scale
+    order = _check_order(unit * values, unit * rounding)
     v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
     if Status.NOT_EXTREME in status:
@@ -228,20 +248,25 @@ def certify(
     elif ground is None:
         ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
     details = dict(details or {})
+    highest = details.pop("lambda_max_upper", np.inf) / unit + 2 * noise * scale
+    lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * noise * scale
+    if sample.size == scale == 0:
+        ground, highest = "J is zero at this image, so that every vector is both extremes", 0.0
+        warn(f"{ground}, and those returned are arbitrary: a metric at its reference has such a J, and a head of zeros")
     least = 0.0 if m < n else min((values.min(initial=np.inf) ** 0.5 + noise * scale**0.5) ** 2, low + noise * scale)
     return EigenResult(
-        eigenvalues=values,
+        eigenvalues=unit * values,
         eigenvectors=v,
         eigenindex=index,
-        residual_norms=residuals,
+        residual_norms=unit * residuals,
         status=status,
         tol=tol,
         method=method,
         n_products=operator.n_products - before,
         image_size=n,
         response_size=m,
-        lambda_max_bounds=(scale, max(scale, details.pop("lambda_max_upper", np.inf) + 2 * noise * scale)),
-        lambda_min_bounds=(min(max(details.pop("lambda_min_lower", 0.0) - 2 * noise * scale, 0.0), least), least),
+        lambda_max_bounds=(unit * scale, unit * max(scale, highest)),
+        lambda_min_bounds=(unit * min(max(lowest, 0.0), least), unit * least),
         noise=noise,
         ground=ground,
         details=details,
@@ -298,53 +323,6 @@ def _check_order(values: NDArray[np.float64], rounding: float) -> NDArray[np.int
     return np.argsort(-values, kind="stable")
 
 
-def ritz_extremes(operator: Any, found: NDArray, steps: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Extreme Ritz values of F after some Lanczos steps in the complement of `found`; (inf, 0) after none.
-
-    Each is the Rayleigh quotient of a vector orthogonal to `found`, so no bound on F's spectrum can contradict it.
-    """
-
-    def orthogonalize(w: NDArray, count: int) -> NDArray:
-        for _ in range(2):
-            w = w - found @ (found.T @ w)
-            w = w - basis[:, :count] @ (basis[:, :count].T @ w)
-        return w
-
-    n = operator.shape[0]
-    eps = np.finfo(operator.dtype).eps
-    basis = np.empty((n, steps), operator.dtype)
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    w = orthogonalize(rng.standard_normal(n), 0)
-    length = np.linalg.norm(w)
-    for j in range(steps):
-        basis[:, j] = w / length
-        image = (operator @ basis[:, j]).astype(np.float64)
-        diagonal.append(float(basis[:, j] @ image))
-        w = orthogonalize(image, j + 1)
-        length = np.linalg.norm(w)
-        if length <= 10 * eps * np.linalg.norm(image):
-            break  # the Krylov space is exhausted
-        off_diagonal.append(float(length))
-    if not diagonal:
-        return np.inf, 0.0
-    off = off_diagonal[: len(diagonal) - 1]
-    ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0)
-
-
-def _noise(jacobian: Any, leading: NDArray, j_leading: NDArray, sigma_max: float, rng: np.random.Generator) -> float:
-    """ε = ‖J(x + y) − J x − J y‖ / σ_max, the larger of x random and x the leading vector; y random, all unit."""
-    if sigma_max == 0:
-        return 0.0
-    xy = rng.standard_normal((jacobian.shape[1], 2))
-    x, y = (xy / np.linalg.norm(xy, axis=0)).astype(jacobian.dtype).T
-    # singly: a block is prepared for its size when it first comes, which takes longer than these products
-    j_x, j_y, *j_sums = (jacobian.matvec(z).astype(np.float64) for z in (x, y, x + y, *(leading.T + y)))
-    j_xs = np.vstack([j_x, j_leading.T])
-    return float(np.linalg.norm(j_sums - j_xs - j_y, axis=1).max() / sigma_max)
-
-
 def _status(
     index: NDArray[np.intp],
     values: NDArray[np.float64],
@@ -385,3 +363,11 @@ def _status(
     status[is_pair & beyond] = Status.NOT_EXTREME
     status[is_null] = Status.NULL
     return status
+
+
+def warn(message: str) -> None:
+    """As from the line that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -17,6 +17,8 @@ ORDER = [
     "rewrite",
     "engines",
     "linearize",
+    "jacobian",
+    "sample",
     "operators",
     "result",
     "solvers",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from fisherop.jacobian import scaled
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import (
     PROBE_STEPS,
@@ -24,7 +23,9 @@ from fisherop.result import (
     certify,
     check_tol,
     spawned,
+    warn,
 )
+from fisherop.sample import Sample
 from fisherop.solvers.eigsh import eigsh
 from fisherop.solvers.exact import exact
 from fisherop.solvers.golub_kahan import golub_kahan
@@ -38,6 +39,7 @@ SOLVERS: dict[str, Callable[..., tuple]] = {
     solver.__name__: solver for solver in (golub_kahan, exact, eigsh, lobpcg, svds, primme, power, randomized_svd)
 }
 _OWN_OPTIONS = {"tol", "maxiter", "rng"}
+_UNITS = {"range_error": 1, "lambda_max_upper": 2, "lambda_min_lower": 2}  # powers of J, of what solvers report
 _SMALL = 2**24  # elements of a Jacobian that "auto" makes dense
 
 
@@ -69,9 +71,10 @@ def eigenpairs(
         ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
         ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
         ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
-        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`. It returns
+        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`; where F would leave the
+        range of its dtype, it is that of J times a power of two, whose eigenvectors are the same. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
-        dict, goes to ``result.details``. The values are recomputed.
+        dict, goes to ``result.details``. The values are recomputed. Where J is zero, it isn't called.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
@@ -102,6 +105,13 @@ def eigenpairs(
         A pair did not converge, or is shown not to be the extreme one. What was found is in its ``result``.
     TypeError, ValueError
         An argument can't be used; the message says what to do.
+    OverflowError, FloatingPointError
+        J is so large or so small that its products leave what the dtype can hold: scale the model's response.
+
+    Warns
+    -----
+    RuntimeWarning
+        J is zero, so that every vector is both extremes; or, with ``on_failure="warn"``, in place of the first error.
     """
     operator = _fisher(operator)
     n = operator.shape[0]
@@ -118,6 +128,8 @@ def eigenpairs(
             return found
     before = operator.n_products
     stopped: SolverStopped | None = None
+    sample: Sample | None = None
+    inner = operator
     # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
     aim = 0.95 * tol
     if solver is not golub_kahan:
@@ -127,8 +139,12 @@ def eigenpairs(
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
     with progress_bar(operator, name, total, progress):
+        if solver not in (golub_kahan, exact):  # which take J as it is
+            sample = Sample.of(operator, spawned(rng))
+            inner = scaled(operator, sample.exponent)
+            solver = _arbitrary if sample.size == 0 else solver
         try:
-            _, vectors, *more = solver(operator, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
+            _, vectors, *more = solver(inner, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
             details = more[0] if more else {}
             vectors, index = _check_answer(vectors, k, which, n, name)
         except SolverStopped as error:
@@ -139,6 +155,9 @@ def eigenpairs(
             vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
             for claim in ("ground", "lambda_min_lower", "lambda_max_upper"):  # which hold in the complement alone
                 details.pop(claim, None)
+        if inner is not operator:
+            known = _UNITS.keys() & details.keys()
+            details |= {name: details[name] * 2.0 ** (-_UNITS[name] * sample.exponent) for name in known}
         earlier = details.pop("earlier", 0) if solver is golub_kahan else 0
         # what our own solvers say; all others are examined
         ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
@@ -152,6 +171,7 @@ def eigenpairs(
             rng=rng,
             ground=ground,
             details=why | details,
+            sample=sample,
         )
     result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
     if keeps and stopped is None and not result.converged.all():
@@ -159,7 +179,7 @@ def eigenpairs(
     if stopped is not None or not result.converged.all():
         if on_failure == "raise":
             raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
-        _warn(_explain(result, stopped, raised=False))
+        warn(_explain(result, stopped, raised=False))
     if keeps:
         state["result"] = result
     return result
@@ -176,7 +196,7 @@ def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str,
     here = np.isin(result.eigenindex, index)
     if tol < result.tol or here.sum() < len(index) or not result.converged[here].all():
         return None
-    if here.all() and tol == result.tol:
+    if here.all() and tol == result.tol and result.lambda_max_bounds[1] > 0:  # zero is told again
         return result
     details = dict(result.details, lambda_min_lower=result.lambda_min_bounds[0])
     details["lambda_max_upper"] = result.lambda_max_bounds[1]
@@ -194,7 +214,7 @@ def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
     """
     anew = _certify_anew(operator, result, slice(None), tol=result.tol, details=result.details)
     if not anew.converged.all():
-        _warn(_explain(anew, None, raised=False))
+        warn(_explain(anew, None, raised=False))
     return anew
 
 
@@ -269,6 +289,14 @@ def _indices(k: int, which: str, n: int) -> NDArray[np.intp]:
     return np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
 
 
+def _arbitrary(
+    operator: FisherOperator, k: int, which: str, *, rng: np.random.Generator, **options: Any
+) -> tuple[None, NDArray]:
+    """Where J is zero every vector is right, and solvers have nothing to start from."""
+    n = operator.shape[0]
+    return None, np.linalg.qr(rng.standard_normal((n, len(_indices(k, which, n)))))[0]
+
+
 def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:
     index, vectors = _indices(k, which, n), np.asarray(vectors)
     if vectors.shape != (n, len(index)):
@@ -319,14 +347,6 @@ def progress_bar(operator: FisherOperator, name: str, total: float | None, shown
             yield
         finally:
             lin.on_product = listener
-
-
-def _warn(message: str) -> None:
-    """As from the line that called this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:

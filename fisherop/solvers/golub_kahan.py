@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.jacobian import check_size
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 
@@ -298,7 +299,9 @@ class _Space:
     def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """J times rows, and F times rows, before the projection."""
         images = self.lin.jvp(rows.reshape(len(rows), *self.lin.image_shape))
-        self.scale = self.scale or float(images.double().norm()) or 1.0
+        if self.scale == 0:
+            self.scale = float(images.double().norm()) or 1.0
+            check_size(max(self.scale, 1.0), str(rows.dtype).removeprefix("torch."))
         images /= self.scale
         return images, self.lin.vjp(images).reshape(len(rows), -1).div_(self.scale)
 

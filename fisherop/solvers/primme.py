@@ -7,7 +7,8 @@ import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped, ritz_extremes
+from fisherop.result import SolverStopped
+from fisherop.sample import ritz_extremes
 
 
 def primme(
@@ -54,7 +55,7 @@ def primme(
     if k >= n:
         raise ValueError(f"method='primme' needs k < N, got k={k} and N={n}: use method='exact'")
     nothing = np.empty((n, 0))
-    scale = ritz_extremes(operator, nothing, 1, rng)[1] or 1.0
+    scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1]
     fisher = operator.in_float64(scale)
     found: dict[str, tuple[NDArray, NDArray]] = {}
     for end in ("largest", "smallest") if which == "both" else (which,):

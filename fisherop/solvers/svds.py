@@ -7,7 +7,8 @@ import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped, ritz_extremes
+from fisherop.result import SolverStopped
+from fisherop.sample import ritz_extremes
 
 
 def svds(
@@ -43,10 +44,7 @@ def svds(
     if k >= n:
         raise ValueError(f"method='svds' needs k < N, got k={k} and N={n}: use method='exact'")
     nothing = np.empty((n, 0))
-    scale = ritz_extremes(operator, nothing, 1, rng)[1] ** 0.5
-    if scale == 0:  # J is zero, where every vector is right and ARPACK has none to start with
-        count = 2 * k if which == "both" else k
-        return np.zeros(count), np.linalg.qr(rng.standard_normal((n, count)))[0]
+    scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1] ** 0.5
     jacobian = operator.jacobian.in_float64(scale)
     stacked = sla.LinearOperator(
         (m + n, n),

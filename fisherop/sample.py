@@ -1,0 +1,120 @@
+"""What random vectors tell of J and F: their size, the noise of products, and how far the spectrum reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherop.jacobian import POSSIBLE, check_size, comfortable_exponent, scaled
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """J times two random unit vectors x and y: how large J is, and how exact its products are.
+
+    Attributes
+    ----------
+    start : ndarray, shape (N,)
+        A third random vector, standard normal, for who looks further.
+    x, y : ndarray, shape (N,)
+        Unit vectors in the operator's dtype.
+    j_x, j_y : ndarray of float64, shape (M,)
+        J x and J y.
+    size : float
+        The larger of their norms, which is at most ‖J‖₂ and about ‖J‖_F / √N. It is 0 only where J is zero.
+    exponent : int
+        That of the `Scaled` Jacobian with which F can be computed: 0 where it can with J itself.
+    """
+
+    start: NDArray[np.float64]
+    x: NDArray[np.floating]
+    y: NDArray[np.floating]
+    j_x: NDArray[np.float64]
+    j_y: NDArray[np.float64]
+    size: float
+    exponent: int
+
+    @classmethod
+    def of(cls, operator: Any, rng: np.random.Generator) -> Sample:
+        """By one product with a `FisherOperator`'s J and one more; a zero is held against underflow by another.
+
+        Raises
+        ------
+        OverflowError, FloatingPointError
+            J is so large or so small that its products leave what the dtype can hold.
+        """
+        jacobian = operator.jacobian
+        dtype = jacobian.dtype.name
+        start = rng.standard_normal(jacobian.shape[1])
+        xy = rng.standard_normal((jacobian.shape[1], 2))
+        x, y = (xy / np.linalg.norm(xy, axis=0)).astype(jacobian.dtype).T
+        # singly: a block is prepared for its size when it first comes, which takes longer than these products
+        j_x, j_y = (jacobian.matvec(z).astype(np.float64) for z in (x, y))
+        size = max(_norm(j_x), _norm(j_y))
+        if size == 0:
+            most = POSSIBLE[dtype]
+            size = _norm(scaled(operator, most).jacobian.matvec(x).astype(np.float64)) * 2.0**-most
+        check_size(size, dtype)
+        return cls(start, x, y, j_x, j_y, size, comfortable_exponent(size, dtype))
+
+    def noise(self, jacobian: Any, leading: NDArray, j_leading: NDArray, sigma_max: float) -> float:
+        """ε = ‖J(x + y) − J x − J y‖ / σ_max, the larger of that for x and for the leading vector in its place.
+
+        Parameters
+        ----------
+        jacobian : JacobianOperator, shape (M, N)
+            Of 2ᵉ J, e the sample's `exponent`.
+        leading, j_leading : ndarray, shapes (N, 1) and (M, 1)
+            A vector and its product, or none, of shapes (N, 0) and (M, 0).
+        sigma_max : float
+            The largest singular value of 2ᵉ J that is known.
+        """
+        if sigma_max == 0:
+            return 0.0
+        j_sums = [jacobian.matvec(z).astype(np.float64) for z in (self.x + self.y, *(leading.T + self.y))]
+        j_x, j_y = (2.0**self.exponent * z for z in (self.j_x, self.j_y))
+        return float(np.linalg.norm(j_sums - np.vstack([j_x, j_leading.T]) - j_y, axis=1).max() / sigma_max)
+
+
+def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> tuple[float, float]:
+    """Extreme Ritz values of F after some Lanczos steps from `start`, beside what was found; (inf, 0) after none.
+
+    Each is the Rayleigh quotient of a vector orthogonal to `found`, so no bound on F's spectrum can contradict it.
+    """
+
+    def orthogonalize(w: NDArray, count: int) -> NDArray:
+        for _ in range(2):
+            w = w - found @ (found.T @ w)
+            w = w - basis[:, :count] @ (basis[:, :count].T @ w)
+        return w
+
+    n = operator.shape[0]
+    eps = np.finfo(operator.dtype).eps
+    basis = np.empty((n, steps), operator.dtype)
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    w = orthogonalize(start, 0)
+    length = np.linalg.norm(w)
+    for j in range(steps):
+        basis[:, j] = w / length
+        image = (operator @ basis[:, j]).astype(np.float64)
+        diagonal.append(float(basis[:, j] @ image))
+        w = orthogonalize(image, j + 1)
+        length = np.linalg.norm(w)
+        if length <= 10 * eps * np.linalg.norm(image):
+            break  # the Krylov space is exhausted
+        off_diagonal.append(float(length))
+    if not diagonal:
+        return np.inf, 0.0
+    off = off_diagonal[: len(diagonal) - 1]
+    ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0)
+
+
+def _norm(x: NDArray[np.float64]) -> float:
+    """Without squares of what is very large or small."""
+    peak = float(np.abs(x).max(initial=0.0))
+    return peak * float(np.linalg.norm(x / peak)) if peak else 0.0
