@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -23,25 +24,46 @@ def prepare_recording() -> None:
 
 
 @contextlib.contextmanager
-def differentiable() -> Iterator[None]:
+def differentiable(*, recurrent: bool) -> Iterator[None]:
     """A model's operations by their formulas, uncompiled; PyTorch's switches are as before afterwards.
 
-    The fused kernels of attention have no forward mode. What `torch.compile` wraps runs as it is: compiling it would
-    record the modes that are active here, and not compile it again for the user. Up to 2.5, a function compiled with
-    ``fullgraph=True`` can't be told to.
+    The fused kernels of attention and of `recurrent` layers have no forward mode. What `torch.compile` wraps runs as it
+    is: compiling it would record the modes that are active here, and not compile it again for the user. Up to 2.5, a
+    function compiled with ``fullgraph=True`` can't be told to.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    mkldnn, fast_path = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         eager = torch.compiler.set_stance("force_eager")
     try:
+        torch._C._set_mkldnn_enabled(mkldnn and not recurrent)
         with sdpa_kernel(SDPBackend.MATH), eager:
             yield
     finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of a transform of `torch.func`, which has no memory of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@contextlib.contextmanager
+def attempt() -> Iterator[None]:
+    """Something that may fail inside PyTorch: an error leaves the thread's dispatch state as it was.
+
+    PyTorch's guards lie in the frames that an error's traceback keeps. When that is freed, whenever that is, they put
+    back a state that is no longer the thread's, and differentiation no longer works. So they are freed here, where
+    leaving `inference_mode` restores the state of before.
+    """
+    with torch.inference_mode(False):
+        try:
+            yield
+        except BaseException as error:
+            link: BaseException | None = error
+            while link is not None:
+                traceback.clear_frames(link.__traceback__)
+                link = link.__cause__ or link.__context__
+            raise

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherop.compat import prepare_recording
+from fisherop.compat import attempt, prepare_recording
 from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
@@ -138,11 +138,12 @@ class Linearization:
                 return False
             self._engine = engine
             v = self._random((1, *self.image_shape), seed=0)
-            response, reference = forward_mode(self._respond, self.image, v[0])
-            self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
-            self.response = response.clone().reshape(self._respond.shape)
-            self._precision = max(self._precision, engine.precision)
-            self._check_engine(v, reference, chunk_size or engine.chunk_size)
+            with attempt():
+                response, reference = forward_mode(self._respond, self.image, v[0])
+                self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
+                self.response = response.clone().reshape(self._respond.shape)
+                self._precision = max(self._precision, engine.precision)
+                self._check_engine(v, reference, chunk_size or engine.chunk_size)
         except (RuntimeError, ValueError) as error:
             Traced.forget(self.image, self.model)
             self._report(f"traced: the program of an earlier image is rejected, {error}")
@@ -161,16 +162,15 @@ class Linearization:
             self.response = seen.response.reshape(self._respond.shape)
             self._precision = max(self._precision, seen.precision)
             self._choose_engine(names, chunk_size, seen.bytes, guard)
-            decided = check_slope(
-                self._respond,
-                self._respond.sizes,
-                self.image,
-                self._checked[0][0],
-                self._checked[1],
-                self._slope_by_backward if isinstance(self._engine, DoubleBackward) else self._slope,
-                precision=self._precision,
-                detaches=seen.detaches,
-            )
+            with attempt():
+                decided = check_slope(
+                    self._respond,
+                    self.image,
+                    *self._checked,
+                    _slope_by_backward if isinstance(self._engine, DoubleBackward) else _slope,
+                    precision=self._precision,
+                    detaches=seen.detaches,
+                )
             if isinstance(self._engine, Traced):
                 self._engine.keep(self.image, self.model, self._precision)
             if not decided:
@@ -186,16 +186,17 @@ class Linearization:
         v = self._random((1, *self.image_shape), seed=0)
         for name in names:
             try:
-                self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
-                if isinstance(engine, Traced):
-                    reference = self._slope(self.image, v[0])
-                    self._check_engine(v, reference, chunk_size or engine.chunk_size)
-                else:
-                    default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
-                    self._check_engine(v, None, chunk_size or default)
-                changed = guard.restore()
-                if changed:
-                    raise RuntimeError(f"it changes the model's {changed[0]}")
+                with attempt():
+                    self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
+                    if isinstance(engine, Traced):
+                        reference = _slope(self._respond, self.image, v[0])
+                        self._check_engine(v, reference, chunk_size or engine.chunk_size)
+                    else:
+                        default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
+                        self._check_engine(v, None, chunk_size or default)
+                    changed = guard.restore()
+                    if changed:
+                        raise RuntimeError(f"it changes the model's {changed[0]}")
             except (RuntimeError, ValueError) as error:
                 guard.restore()
                 self._report(f"{name}: rejected, {str(error).splitlines()[0]}")
@@ -207,12 +208,6 @@ class Linearization:
             else:
                 self._report(self._in_use(name))
                 return
-
-    def _slope(self, x: Tensor, v: Tensor) -> Tensor:
-        return forward_mode(self._respond, x, v)[1]
-
-    def _slope_by_backward(self, x: Tensor, v: Tensor) -> Tensor:
-        return DoubleBackward(self._respond, x, self._respond(x)).jvp(v[None])[0]
 
     def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int) -> None:
         """Of its products, and of blocks, which are taken apart where that fails; a traced engine tries each size."""
@@ -264,7 +259,8 @@ class Linearization:
         with _ONE_AT_A_TIME:  # which runs the model
             guard = Guard(self.model)
             try:
-                return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
+                with attempt():
+                    return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
             finally:
                 guard.restore()
 
@@ -366,7 +362,15 @@ class Linearization:
             )
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
-        self._checked = v, jv[0]
+        self._checked = v[0], jv[0]
+
+
+def _slope(respond: Response, x: Tensor, v: Tensor) -> Tensor:
+    return forward_mode(respond, x, v)[1]
+
+
+def _slope_by_backward(respond: Response, x: Tensor, v: Tensor) -> Tensor:
+    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -31,10 +31,12 @@ class Response:
 
     def __init__(self, model: Callable[[Tensor], Any]) -> None:
         self.model = model
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The response to a copy of x, which an in-place first layer may change."""
-        with differentiable():
+        with differentiable(recurrent=self._recurrent):
             found = leaves(self.model(x.clone()))
         if not found:
             raise ValueError("the model's response holds no tensor")

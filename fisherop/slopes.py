@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisherop.compat import attempt
 from fisherop.draws import DETACHING
+from fisherop.response import Response
 from fisherop.tape import replace, written
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +37,30 @@ class Promoted(TorchDispatchMode):
             args = (*args[:2], False)  # from half to single precision, which there is none of
         out = func(*args, **kwargs)
         return out if targets else replace(out, Tensor, _widened)
+
+    def __enter__(self):
+        self._arguments = _PromotedArguments()
+        self._arguments.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._arguments.__exit__(*exception)
+
+
+class _PromotedArguments(TorchFunctionMode):
+    """Functions that check that their arguments have one dtype are given the wider one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = name in ("__setitem__", "__set__") or "out" in kwargs or (name.endswith("_") and name[-2:] != "__")
+        if not writes and not name.startswith("__"):
+            dtypes: set[torch.dtype] = set()
+            replace((args, kwargs), Tensor, lambda t: dtypes.add(t.dtype))
+            if dtypes & set(_WIDER) and dtypes & set(_WIDER.values()):
+                args, kwargs = replace((args, kwargs), Tensor, _widened)
+        return func(*args, **kwargs)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -63,23 +90,26 @@ class _Detached(TorchFunctionMode):
 
 
 class _Arithmetic(NamedTuple):
-    """In which the response is evaluated: its dtype, whether that takes promotion, the steps as a share of the image's
-    largest element, the tolerance relative to ‖J v‖, and the share of the slope from which noise decides nothing."""
+    """How the response is evaluated: by which function, in which dtype, and whether that takes promotion.
 
+    `steps` are a share of the image's largest element, `tolerance` is relative to ‖J v‖, and noise above `drowned` of
+    the slope decides nothing.
+    """
+
+    respond: Response
     dtype: torch.dtype
-    promotes: bool
-    steps: tuple[float, ...]
-    tolerance: float
-    drowned: float
+    promotes: bool = False
+    steps: tuple[float, ...] = (1e-7, 1e-9, 1e-5)
+    tolerance: float = 1e-4
+    drowned: float = 0.05
 
 
 def check_slope(
-    respond: Callable[[Tensor], Tensor],
-    sizes: Sequence[int],
+    respond: Response,
     image: Tensor,
     v: Tensor,
     jv: Tensor,
-    derivative: Callable[[Tensor, Tensor], Tensor],
+    derivative: Callable[[Response, Tensor, Tensor], Tensor],
     *,
     precision: float,
     detaches: bool,
@@ -95,15 +125,13 @@ def check_slope(
 
     Parameters
     ----------
-    respond : callable
-        The model, ``(image_shape) -> (M,)``.
-    sizes : sequence of int
-        The elements of each tensor that the response consists of; each is compared for itself.
+    respond : Response
+        Each of the tensors that the response consists of is compared for itself.
     image, v : Tensor, shape ``image_shape``
     jv : Tensor, shape (M,)
         J v at the image.
     derivative : callable
-        ``(x, v) -> J(x) v`` by PyTorch, flat.
+        ``(respond, x, v) -> J(x) v`` by PyTorch, flat.
     precision : float
         The machine epsilon of the least precise step of the model.
     detaches : bool
@@ -123,13 +151,13 @@ def check_slope(
     scale = float(image.abs().max()) or 1.0
     own = max(1e-5, 3 * max(precision, torch.finfo(image.dtype).eps) ** 0.5)
     first = arithmetic._replace(steps=arithmetic.steps[:1], tolerance=max(own, arithmetic.tolerance))
-    verdict, _ = _compare(respond, sizes, image, v, jv, first, scale, detaches)
+    verdict, _ = _compare(image, v, jv, first, scale, detaches)
     if verdict:
         return True
     x, v = (t.to(arithmetic.dtype) for t in (_beside(image, scale), v))
     with _context(arithmetic):
-        jv = derivative(x, v)
-    verdict, error = _compare(respond, sizes, x, v, jv, arithmetic, scale, detaches)
+        jv = derivative(arithmetic.respond, x, v)
+    verdict, error = _compare(x, v, jv, arithmetic, scale, detaches)
     if verdict is False:
         raise ValueError(
             f"PyTorch's derivative of the model is not the slope of its response: J v and the central difference of "
@@ -140,17 +168,26 @@ def check_slope(
     return verdict is True
 
 
-def _arithmetic(respond: Callable[[Tensor], Tensor], image: Tensor, precision: float) -> _Arithmetic:
+def _arithmetic(respond: Response, image: Tensor, precision: float) -> _Arithmetic:
+    """Float64, by promotion or by a copy of the model, or else the image's own dtype."""
     if image.dtype == torch.float64 and precision <= torch.finfo(torch.float64).eps:
-        return _Arithmetic(torch.float64, False, (1e-7, 1e-9, 1e-5), 1e-4, 0.05)
-    arithmetic = _Arithmetic(torch.float64, True, (1e-7, 1e-9, 1e-5), 1e-4, 0.05)
-    try:
-        with _context(arithmetic), torch.no_grad():
-            if torch.isfinite(respond(image.double())).all():
-                return arithmetic
-    except Exception as error:  # whatever a model that knows its dtype raises
-        _LOG.info("the model can't run in float64: %s", error)
-    return _Arithmetic(image.dtype, False, (1e-2, 1e-3, 5e-2), 0.05, 0.3)
+        return _Arithmetic(respond, torch.float64)
+    for candidate in (lambda: _Arithmetic(respond, torch.float64, promotes=True), lambda: _copied(respond)):
+        try:
+            with attempt(), torch.no_grad():
+                arithmetic = candidate()
+                with _context(arithmetic):
+                    if torch.isfinite(arithmetic.respond(image.double())).all():
+                        return arithmetic
+        except Exception as error:  # whatever a model that knows its dtype raises
+            _LOG.info("the model can't run in float64: %s", error)
+    return _Arithmetic(respond, image.dtype, False, (1e-2, 1e-3, 5e-2), 0.05, 0.3)
+
+
+def _copied(respond: Response) -> _Arithmetic:
+    if not isinstance(respond.model, nn.Module):
+        raise TypeError("it is no module, of which there could be a copy")
+    return _Arithmetic(Response(copy.deepcopy(respond.model).double()), torch.float64)
 
 
 @contextlib.contextmanager
@@ -160,8 +197,6 @@ def _context(arithmetic: _Arithmetic) -> Iterator[None]:
 
 
 def _compare(
-    respond: Callable[[Tensor], Tensor],
-    sizes: Sequence[int],
     x: Tensor,
     v: Tensor,
     jv: Tensor,
@@ -170,20 +205,21 @@ def _compare(
     detaches: bool,
 ) -> tuple[bool | None, float]:
     """Whether J v is the slope at x, None where no step decides; and the least error of the worst part."""
+    respond = arithmetic.respond
     x, v, jv = (t.to(arithmetic.dtype) for t in (x, v, jv))
     frozen = _Detached() if detaches else None
 
     def at(step: float) -> list[Tensor]:
         held = contextlib.nullcontext() if frozen is None else frozen.again() if step else frozen
         with torch.no_grad(), held, _context(arithmetic):
-            return list(respond(x + step * v).double().split(list(sizes)))
+            return list(respond(x + step * v).double().split(respond.sizes))
 
     here = at(0.0)
-    errors: list[list[float]] = [[] for _ in sizes]  # of each part, in units of what is allowed, where a step decides
-    shares: list[list[float]] = [[] for _ in sizes]
+    errors: list[list[float]] = [[] for _ in here]  # of each part, in units of what is allowed, where a step decides
+    shares: list[list[float]] = [[] for _ in here]
     for step in arithmetic.steps:
         h = step * scale
-        parts = zip(here, at(h), at(-h), jv.double().split(list(sizes)), strict=True)
+        parts = zip(here, at(h), at(-h), jv.double().split(respond.sizes), strict=True)
         for i, (f, ahead, behind, slope) in enumerate(parts):
             central, bend = (ahead - behind) / (2 * h), _norm(ahead - 2 * f + behind) / (2 * h)
             size = max(_norm(slope), _norm(central))
@@ -207,9 +243,9 @@ def _norm(x: Tensor) -> float:
 def _beside(image: Tensor, scale: float) -> Tensor:
     """A point near the image, within its range, where no two pixels are alike and none is at a bound."""
     generator = torch.Generator().manual_seed(20171127)
-    share = (0.002 + 0.008 * torch.rand(image.shape, generator=generator, dtype=torch.float64)).to(image.device)
+    share, towards = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
     x = image.detach().double()
     low, high = x.min(), x.max()
-    if high > low:
-        return x + share * ((low + high) / 2 - x)
-    return x + share * scale
+    if high == low:
+        return x + 0.01 * scale * (0.2 + 0.8 * share)
+    return x + 0.01 * (0.2 + 0.8 * share) * (low + (0.25 + 0.5 * towards) * (high - low) - x)

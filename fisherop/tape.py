@@ -271,7 +271,7 @@ class Tape:
             if op in _UNINITIALISED or level == STATIC:
                 value = out
             else:  # all elements are the same
-                value = out.reshape(-1)[:1].clone().expand(out.shape) if out.numel() else out
+                value = out.reshape(-1)[0].clone().expand(out.shape) if out.numel() else out
             self._remember(out, self._node(None, (), {}, STATIC, value))
             return
         if op._schema.is_mutable:
@@ -307,8 +307,9 @@ class Tape:
         key = _key(op, *nodes)
         if key not in self._known:
             static = level == STATIC and isinstance(out, Tensor) and not known
-            value = out.resolve_conj().resolve_neg() if isinstance(out, Tensor) else out
-            self._known[key] = self.static(value.detach()) if static else self._node(op, *nodes, level, value)
+            # of its own, since an operation in place may change the shape of `out`
+            value = out.resolve_conj().resolve_neg().detach() if isinstance(out, Tensor) else out
+            self._known[key] = self.static(value) if static else self._node(op, *nodes, level, value)
         return self._known[key]
 
     def _append_in_place(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, level: int, out: Any) -> None:

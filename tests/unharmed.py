@@ -54,8 +54,10 @@ def flags(model) -> list:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """No graph, no tangent, no transform's or recording's wrapper."""
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(tensor).tangent
+    tangent = None
+    if tensor.layout == torch.strided:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(tensor).tangent
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tangent is None
