@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fisherop.rewrite import lower, simplify
+from fisherop.sparse import is_sparse, parts
 from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
 
 _LOG = logging.getLogger(__name__)
@@ -180,8 +181,8 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
         for outputs in (single, plain)
     )
     statics = [p.value for p in parents.values() if p.level == STATIC]
-    own = [t for t in statics if t.untyped_storage().data_ptr() not in tape.external]
-    largest_bytes = max(n.value.nbytes for n in nodes if isinstance(n.value, Tensor))
+    own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
+    largest_bytes = max(n.value.nbytes for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
     return _Program(prepare, single, plain, own, largest_bytes, tape.reads_image), [c.value for c in constants]
 
 
@@ -194,7 +195,7 @@ def _fingerprint(model: nn.Module) -> Hashable:
     tensors = itertools.chain(model.parameters(), model.buffers())
     plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.Size)
     return (
-        tuple((id(t), t.data_ptr(), t._version, t.shape) for t in tensors),
+        tuple((id(t), *(part.data_ptr() for part in parts(t)), t._version, t.shape) for t in tensors),
         tuple(
             (
                 id(module),
@@ -210,8 +211,8 @@ def _fingerprint(model: nn.Module) -> Hashable:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """The memory that tensors take, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Functional:
@@ -223,7 +224,10 @@ class Functional:
         self._graph = with_graph(respond, image)
 
     def jvp(self, tangents: Tensor) -> Tensor:
-        return _batched(lambda tangent: forward_mode(self._respond, self._image, tangent)[1], tangents)
+        if len(tangents) == 1:
+            return forward_mode(self._respond, self._image, tangents[0])[1][None]
+        images = self._image.expand(tangents.shape).contiguous()  # vmap has no rule for making dual numbers
+        return forward_mode(torch.func.vmap(self._respond), images, tangents)[1]
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         return _gradients(*self._graph, cotangents)
@@ -273,10 +277,6 @@ def _products(respond: Callable, image: Tensor, v: Tensor, u: Tensor) -> tuple[T
     response, jv = forward_mode(respond, image, v)
     (jtu,) = torch.autograd.grad(*with_graph(respond, image), u)
     return response, jv, jtu
-
-
-def _batched(one: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-    return one(block[0])[None] if len(block) == 1 else torch.func.vmap(one)(block)
 
 
 def _gradients(output: Tensor, wrt: Tensor, weights: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherop.compat import is_wrapped
+from fisherop.sparse import parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.ndarray, type)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}
@@ -64,6 +65,10 @@ class Guard:
                 if content is not None:
                     self._containers.append((here, content))
                 stack.extend(_within(here, content, roots))
+
+    @property
+    def holds_sparse(self) -> bool:
+        return any(kept.tensor.layout != torch.strided for kept in self._tensors.values())
 
     def drawn(self) -> list[str]:
         """The generators among what it holds that have gone on since."""
@@ -124,7 +129,7 @@ class _Kept:
             tensor.data = self.data
         if self.copy is not None and not _equal(self.data, self.copy):
             changed = True
-            for part, value in zip(_parts(self.data), _parts(self.copy), strict=True):
+            for part, value in zip(parts(self.data), parts(self.copy), strict=True):
                 part.copy_(value)
         if tensor.is_leaf:
             if tensor.requires_grad != self.requires_grad:
@@ -218,21 +223,8 @@ def _refill(container: Any, content: Any) -> list[tuple[Any, Any, Any]]:
     return []
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that a tensor is made of; none where PyTorch has no names for them."""
-    if tensor.layout == torch.strided:
-        return [tensor]
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return []
-
-
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    one, two = ([(p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for p in _parts(t.detach())] for t in (a, b))
+    one, two = ([(p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for p in parts(t.detach())] for t in (a, b))
     return a.layout == b.layout and one == two
 
 
@@ -242,7 +234,7 @@ def _equal(a: Any, b: Any) -> bool:
         return False
     if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
         return False
-    pairs = [(x.detach(), y.detach()) for x, y in zip(_parts(a), _parts(b), strict=True) if x.device.type != "meta"]
+    pairs = [(x.detach(), y.detach()) for x, y in zip(parts(a), parts(b), strict=True) if x.device.type != "meta"]
     return all(torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all()) for x, y in pairs)
 
 

@@ -132,6 +132,7 @@ class Linearization:
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
         engine, guard = None, Guard(self.model)
+        self._respond.sparse = guard.holds_sparse
         try:
             engine = Traced.resume(self.image, self.model)
             if engine is None:
@@ -157,6 +158,7 @@ class Linearization:
     def _examine(self, names: tuple[str, ...], chunk_size: int | None) -> None:
         """See what the model does when it is called; then choose an engine, and leave the model as after one call."""
         before = guard = Guard(self.model, values=True)
+        self._respond.sparse = guard.holds_sparse
         try:
             seen, guard = examine(self._respond, self.image, before)
             self.response = seen.response.reshape(self._respond.shape)

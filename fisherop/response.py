@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fisherop.compat import differentiable
 from fisherop.draws import Watch, another_seed
 from fisherop.guard import Guard
+from fisherop.sparse import SparseProducts
 
 
 class Response:
@@ -24,19 +26,22 @@ class Response:
         The shape of the last response; ``(M,)`` where it consists of several tensors.
     sizes : list of int
         The number of elements of each tensor that it consists of.
+    sparse : bool
+        Whether the model holds sparse tensors, whose products take a forward mode of ours.
     """
 
     shape: tuple[int, ...]
     sizes: list[int]
 
-    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+    def __init__(self, model: Callable[[Tensor], Any], *, sparse: bool = False) -> None:
         self.model = model
+        self.sparse = sparse
         modules = model.modules() if isinstance(model, nn.Module) else ()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The response to a copy of x, which an in-place first layer may change."""
-        with differentiable(recurrent=self._recurrent):
+        with differentiable(recurrent=self._recurrent), SparseProducts() if self.sparse else contextlib.nullcontext():
             found = leaves(self.model(x.clone()))
         if not found:
             raise ValueError("the model's response holds no tensor")

@@ -68,25 +68,42 @@ def _widened(x: Tensor) -> Tensor:
 
 
 class _Detached(TorchFunctionMode):
-    """What ``.detach()`` gave when it was recorded is what it gives again: it is meant to be constant."""
+    """What ``.detach()`` gave when it was recorded is what it gives again: it is meant to be constant.
+
+    But for what is then changed in place, which changes what was detached.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: list[Tensor] = []
-        self._next: int | None = None
+        self._kept: dict[int, Tensor] = {}
+        self._edited: set[int] = set()
+        self._count = 0
+        self._records = True
 
-    def again(self) -> _Detached:
-        self._next = 0
-        return self
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """The function's result; the first time, what it detaches is recorded."""
+        self._count = 0
+        with self:
+            out = function()
+        edited = {i for i, t in self._kept.items() if t._version > 0} if self._records else set()
+        if edited:
+            self._edited |= edited
+            self._kept.clear()
+            return self.run(function)
+        self._records = False
+        return out
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         if func not in DETACHING:
-            return func(*args, **(kwargs or {}))
-        if self._next is None:
-            self._kept.append(func(*args, **(kwargs or {})).clone())
-            return self._kept[-1].clone()
-        self._next += 1
-        return self._kept[self._next - 1].clone()
+            return out
+        i, self._count = self._count, self._count + 1
+        if i in self._edited:
+            return out
+        if self._records:
+            self._kept[i] = out.clone()
+            return self._kept[i]
+        return self._kept[i].clone()
 
 
 class _Arithmetic(NamedTuple):
@@ -121,7 +138,8 @@ def check_slope(
     float32 model's operations are promoted to, with h of 10⁻⁷, 10⁻⁹ and 10⁻⁵ of the image's largest element, to 10⁻⁴
     of ‖J v‖; where a model can't run in float64, in its own dtype, with 10⁻², 10⁻³ and 5 · 10⁻² and to 0.05.
     What kinks and rounding can do is the second difference ‖f(x + h v) − 2 f(x) + f(x − h v)‖ / 2 h; twice that is
-    allowed, and a step where it is a large share of the slope decides nothing.
+    allowed, and a step where it is a large share of the slope decides nothing. J v is wrong where no step agrees with
+    it and two steps agree with each other.
 
     Parameters
     ----------
@@ -187,7 +205,7 @@ def _arithmetic(respond: Response, image: Tensor, precision: float) -> _Arithmet
 def _copied(respond: Response) -> _Arithmetic:
     if not isinstance(respond.model, nn.Module):
         raise TypeError("it is no module, of which there could be a copy")
-    return _Arithmetic(Response(copy.deepcopy(respond.model).double()), torch.float64)
+    return _Arithmetic(Response(copy.deepcopy(respond.model).double(), sparse=respond.sparse), torch.float64)
 
 
 @contextlib.contextmanager
@@ -210,30 +228,47 @@ def _compare(
     frozen = _Detached() if detaches else None
 
     def at(step: float) -> list[Tensor]:
-        held = contextlib.nullcontext() if frozen is None else frozen.again() if step else frozen
-        with torch.no_grad(), held, _context(arithmetic):
-            return list(respond(x + step * v).double().split(respond.sizes))
+        with torch.no_grad(), _context(arithmetic):
+            out = respond(x + step * v) if frozen is None else frozen.run(lambda: respond(x + step * v))
+            return list(out.double().split(respond.sizes))
 
     here = at(0.0)
-    errors: list[list[float]] = [[] for _ in here]  # of each part, in units of what is allowed, where a step decides
-    shares: list[list[float]] = [[] for _ in here]
+    parts = [_Part() for _ in here]
     for step in arithmetic.steps:
         h = step * scale
-        parts = zip(here, at(h), at(-h), jv.double().split(respond.sizes), strict=True)
-        for i, (f, ahead, behind, slope) in enumerate(parts):
+        rows = zip(parts, here, at(h), at(-h), jv.double().split(respond.sizes), strict=True)
+        for part, f, ahead, behind, slope in rows:
             central, bend = (ahead - behind) / (2 * h), _norm(ahead - 2 * f + behind) / (2 * h)
-            size = max(_norm(slope), _norm(central))
+            size, error = max(_norm(slope), _norm(central)), _norm(central - slope)
             noise = 2 * bend + 8 * torch.finfo(arithmetic.dtype).eps * _norm(f) / h
-            error = _norm(central - slope)
-            if size == 0 or noise <= arithmetic.drowned * size:
-                errors[i].append(error / (arithmetic.tolerance * size + noise) if error else 0.0)
-                shares[i].append(error / size if error else 0.0)
-        if all(part and min(part) <= 1 for part in errors):
+            if error == 0 or noise <= arithmetic.drowned * size:
+                part.add(central, error, error / size if error else 0.0, arithmetic.tolerance * size + noise)
+        if all(part.agrees for part in parts):
             return True, 0.0
-    decided = [(min(part), min(share)) for part, share in zip(errors, shares, strict=True) if part]
-    if any(error > 1 for error, _ in decided):
-        return False, max(share for _, share in decided)
-    return (True if decided else None), 0.0
+    wrong = [part.share for part in parts if part.disagrees]
+    if wrong:
+        return False, max(wrong)
+    return (True if any(part.agrees for part in parts) else None), 0.0
+
+
+class _Part:
+    """What the steps say of one tensor of the response."""
+
+    def __init__(self) -> None:
+        self.agrees = self.disagrees = False
+        self.share = 0.0
+        self._against: list[tuple[Tensor, float]] = []
+
+    def add(self, central: Tensor, error: float, share: float, allowed: float) -> None:
+        """A difference speaks against J v where another step's is much the same."""
+        if error <= allowed:
+            self.agrees, self.disagrees = True, False
+        elif not self.agrees:
+            self.share = max(self.share, share)
+            for other, its_error in self._against:
+                least = min(0.5 * error, 0.5 * its_error, 0.1 * max(_norm(central), _norm(other)))
+                self.disagrees |= _norm(central - other) <= least
+            self._against.append((central, error))
 
 
 def _norm(x: Tensor) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.places import Place, as_slices, put, put_slices, shared, take, take_slices
+from fisherop.sparse import parts
 
 aten = torch.ops.aten
 STATIC, IMAGE, LINEAR = range(3)
@@ -153,8 +154,8 @@ class Tape:
         writes = self._writes[place.storage]
         if place not in self._at:
             if not self._places[place.storage]:
-                if not tensor._is_zerotensor() and tensor.layout == torch.strided and tensor.device.type != "meta":
-                    self.external.add(tensor.untyped_storage().data_ptr())
+                if not tensor._is_zerotensor() and tensor.device.type != "meta":
+                    self.external |= {part.untyped_storage().data_ptr() for part in parts(tensor)}
                 return self._remember(tensor, self.static(tensor.detach()))
             # the same memory in another shape, by what no operation shows, such as an assignment to .data
             self._remember(tensor, self._seen_through(tensor, place, *self._widest(place)))

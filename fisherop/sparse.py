@@ -1,0 +1,61 @@
+"""Products with sparse matrices that PyTorch can differentiate in both modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.mv}
+
+
+class SparseProducts(TorchFunctionMode):
+    """A sparse constant times a dense tensor, where PyTorch's own product has no forward mode."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            a, b = args
+            if is_sparse(a) and not a.requires_grad and isinstance(b, Tensor) and not is_sparse(b) and b.ndim <= 2:
+                return _Product.apply(a, b) if b.ndim == 2 else _Product.apply(a, b[:, None])[:, 0]
+        return func(*args, **kwargs)
+
+
+def is_sparse(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout != torch.strided
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor is made of; none where PyTorch has no names for them."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+class _Product(torch.autograd.Function):
+    """A x of a constant sparse A (M, N) and a dense x (N, k)."""
+
+    @staticmethod
+    def forward(a: Tensor, x: Tensor) -> Tensor:
+        return torch.sparse.mm(a, x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.matrix = inputs[0]
+
+    @staticmethod
+    def jvp(ctx, _, tangent):
+        return torch.sparse.mm(ctx.matrix, tangent)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        transposed = ctx.matrix.to_sparse_coo().t()  # PyTorch multiplies few other layouts
+        return None, _Product.apply(transposed, gradient)
