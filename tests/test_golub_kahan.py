@@ -173,6 +173,7 @@ def test_the_chance_of_missing_an_eigenvalue():
     ],
     ids=["scalar", "one response", "one pixel", "identity", "zero", "wide", "rank-deficient"],
 )
+@pytest.mark.filterwarnings("ignore:J is zero")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exhausted_spaces(sigma, m, n, k, dtype):
     matrix = matrix_with_singular_values(sigma, m, n).astype(np.float32).astype(np.float64)

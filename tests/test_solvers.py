@@ -116,7 +116,7 @@ def test_randomized_svd_error_bound_holds(matrix, dtype, k, seed):
     assert_truthful(result, matrix)
     top = np.linalg.svd(matrix)[1][0] ** 2
     assert result.lambda_max_bounds[1] >= top * (1 - 100 * np.finfo(F.dtype).eps)
-    assert result.details["range_error"] >= 0
+    assert top == 0 or result.details["range_error"] >= 0  # where J is zero, nothing is searched
 
 
 def test_randomized_svd_bounds_the_range_error():
