@@ -875,7 +875,7 @@ def plenoptic_front_end(name: str, cache: str) -> Callable[[torch.dtype], nn.Mod
     def build(dtype: torch.dtype) -> nn.Module:
         import plenoptic
 
-        model = getattr(plenoptic.models, name)(7, cache_filt=cache != "none").eval().to(dtype)
+        model = getattr(plenoptic.models, name)(7, cache_filt=cache != "no").eval().to(dtype)
         if cache == "warm":
             with torch.no_grad():
                 model(torch.ones(GREY, dtype=dtype))
@@ -957,7 +957,10 @@ THEIRS |= {
     "kornia lab": from_package("kornia", lambda k: k.color.RgbToLab(), 1, 3, 8, 8),
     "kornia unsharp": from_package("kornia", lambda k: k.filters.UnsharpMask((3, 3), (1.0, 1.5)), 1, 3, 8, 8),
     "lpips": from_package(
-        "lpips", lambda lpips: Distance(lpips.LPIPS(False, "squeeze", pnet_rand=True, verbose=False)), 1, 3, 64, 64
+        "lpips",
+        lambda lpips: Distance(lpips.LPIPS(False, "squeeze", pnet_rand=True, verbose=False)),
+        *(1, 3, 64, 64),
+        smooth=False,  # kinks lie everywhere
     ),
 }
 
