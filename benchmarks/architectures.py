@@ -145,7 +145,7 @@ def of_kornia(kornia: Any) -> Found:
         "RgbToLab": (kornia.color.RgbToLab, (1, 3, 64, 64)),
         "Sobel": (kornia.filters.Sobel, (1, 3, 64, 64)),
         "UnsharpMask": (lambda: kornia.filters.UnsharpMask((9, 9), (2.0, 2.0)), (1, 3, 64, 64)),
-        "HardNet": (lambda: kornia.feature.HardNet(False), (1, 1, 32, 32)),
+        "TFeat": (lambda: kornia.feature.TFeat(False), (1, 1, 32, 32)),
     }
 
 

@@ -852,7 +852,24 @@ class Lazily(nn.Module):
         return (x * self.table).sin() * self.other
 
 
+class CachesInDict(nn.Module):
+    """What it computes of its parameters is kept by device, as LeViT's attention biases in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases = nn.Parameter(torch.rand(5))
+        self.register_buffer("places", torch.arange(8) % 5, persistent=False)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.biases[self.places]
+        return (x + self.cache[key]).square()
+
+
 KEEPERS = {
+    "cache in a dict": Kind(module(CachesInDict)),
     "keeps its last activation": Kind(module(KeepsLast)),
     "hooks that store": Kind(module(Hooked)),
     "lazy table": Kind(module(Lazily)),

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from helpers import DTYPES, assert_close, rtol
-from kinds import KINDS, THEIRS, Kind, flat, plain
+from kinds import FIELD, KEEPERS, KINDS, THEIRS, Kind, flat, plain
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unharmed import check_unharmed, respond, state, tensors_in
@@ -21,7 +21,9 @@ from fisherop import linearize
 
 ALL = KINDS | THEIRS
 BY_HAND = [  # engines named, in float64
-    (name, engine) for name in KINDS for engine in ("functional", "double_backward")
+    pytest.param(name, engine, marks=() if name in FIELD | KEEPERS else pytest.mark.slow)
+    for name in KINDS
+    for engine in ("functional", "double_backward")
 ]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch.compile's own
