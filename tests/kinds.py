@@ -852,7 +852,24 @@ class Lazily(nn.Module):
         return (x * self.table).sin() * self.other
 
 
+class CachesInDict(nn.Module):
+    """What it computes of its parameters is kept by device, as LeViT's attention biases in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases = nn.Parameter(torch.rand(5))
+        self.register_buffer("places", torch.arange(8) % 5, persistent=False)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.biases[self.places]
+        return (x + self.cache[key]).square()
+
+
 KEEPERS = {
+    "cache in a dict": Kind(module(CachesInDict)),
     "keeps its last activation": Kind(module(KeepsLast)),
     "hooks that store": Kind(module(Hooked)),
     "lazy table": Kind(module(Lazily)),
@@ -875,7 +892,7 @@ def plenoptic_front_end(name: str, cache: str) -> Callable[[torch.dtype], nn.Mod
     def build(dtype: torch.dtype) -> nn.Module:
         import plenoptic
 
-        model = getattr(plenoptic.models, name)(7, cache_filt=cache != "none").eval().to(dtype)
+        model = getattr(plenoptic.models, name)(7, cache_filt=cache != "no").eval().to(dtype)
         if cache == "warm":
             with torch.no_grad():
                 model(torch.ones(GREY, dtype=dtype))
@@ -957,7 +974,10 @@ THEIRS |= {
     "kornia lab": from_package("kornia", lambda k: k.color.RgbToLab(), 1, 3, 8, 8),
     "kornia unsharp": from_package("kornia", lambda k: k.filters.UnsharpMask((3, 3), (1.0, 1.5)), 1, 3, 8, 8),
     "lpips": from_package(
-        "lpips", lambda lpips: Distance(lpips.LPIPS(False, "squeeze", pnet_rand=True, verbose=False)), 1, 3, 64, 64
+        "lpips",
+        lambda lpips: Distance(lpips.LPIPS(False, "squeeze", pnet_rand=True, verbose=False)),
+        *(1, 3, 64, 64),
+        smooth=False,  # kinks lie everywhere
     ),
 }
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from helpers import DTYPES, assert_close, rtol
-from kinds import KINDS, THEIRS, Kind, flat, plain
+from kinds import FIELD, KEEPERS, KINDS, THEIRS, Kind, flat, plain
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unharmed import check_unharmed, respond, state, tensors_in
@@ -21,7 +21,9 @@ from fisherop import linearize
 
 ALL = KINDS | THEIRS
 BY_HAND = [  # engines named, in float64
-    (name, engine) for name in KINDS for engine in ("functional", "double_backward")
+    pytest.param(name, engine, marks=() if name in FIELD | KEEPERS else pytest.mark.slow)
+    for name in KINDS
+    for engine in ("functional", "double_backward")
 ]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch.compile's own
@@ -185,3 +187,68 @@ def test_no_process_crashes(name):
     run = [sys.executable, "-c", SCRIPT, name]
     done = subprocess.run(run, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
+
+
+def replace(model):
+    model.layers[0].weight = nn.Parameter(model.layers[0].weight.detach().clone())
+
+
+def change(model):
+    model.layers[0].bias.data.mul_(1 + 1e-6)
+
+
+def leave_graph(model):
+    model.cache = {"kept": [model.layers[0].weight * 2]}
+
+
+def leave_wrapper(model):
+    def keep(x):
+        model.cache = {"kept": [x]}
+        return x
+
+    torch.func.vmap(keep)(torch.ones(2))
+
+
+def leave_gradient(model):
+    model.layers[0].weight.grad = torch.zeros_like(model.layers[0].weight)
+
+
+def lose(model):
+    model.layers[0].bias = None
+
+
+def leave_hook(model):
+    model.layers[0].register_forward_hook(lambda module, inputs, output: None)
+
+
+@pytest.mark.parametrize("harm", [replace, change, leave_graph, leave_wrapper, leave_gradient, lose, leave_hook])
+def test_harm_is_seen(harm):
+    class Layered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(2, 2))
+
+    model, control = Layered(), Layered()
+    control.load_state_dict(model.state_dict())
+    control.cache = {"kept": [torch.zeros(2, 2)]}
+    before = state(model)
+    check_unharmed(model, before, control)
+    harm(model)
+    with pytest.raises(AssertionError):
+        check_unharmed(model, before, control)
+
+
+def test_a_compiled_model_goes_on_compiling():
+    from torch._dynamo.testing import CompileCounter
+
+    def frames(first):
+        torch._dynamo.reset()
+        counter, x = CompileCounter(), torch.rand(1, 3, 16, 16)
+        model = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), backend=counter)
+        with torch.no_grad():
+            first(x, model)
+            before = counter.frame_count
+            model(torch.rand(1, 3, 20, 20)), model(torch.rand(1, 3, 24, 20))
+        return counter.frame_count - before
+
+    assert frames(linearize) >= frames(lambda x, model: model(x)) > 0

@@ -54,18 +54,16 @@ def flags(model) -> list:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """No graph, no tangent, no transform's or recording's wrapper."""
-    tangent = None
-    if tensor.layout == torch.strided:
-        with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(tensor).tangent
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return False
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(tensor).tangent
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tangent is None
         and tensor.grad_fn is None
         and tensor.grad is None
         and tensor.requires_grad <= isinstance(tensor, nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._is_functional_tensor(tensor)
         and not tensor.is_inference()
     )
 
@@ -79,7 +77,7 @@ def check_unharmed(model, before: dict, control, *, writes: bool = False) -> Non
     now, expected = dict(tensors_in(model)), dict(tensors_in(control))
     assert set(before) <= set(now) <= set(expected), "nothing is lost, and nothing new but what a plain call sets up"
     for path, tensor in now.items():
-        assert is_ordinary(tensor), f"{path} is {type(tensor)}, with {tensor.grad_fn}"
+        assert is_ordinary(tensor), f"{path} is no ordinary tensor"
         if path in before:
             had, where, value = before[path]
             assert same(tensor, value) or same(tensor, expected[path]), f"{path} has changed"
