@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fisherop.compat import attempt, prepare_recording
+from fisherop.draws import generators_kept
 from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
-from fisherop.slopes import check_slope
+from fisherop.slopes import check_slope, norm
+from fisherop.tape import NotLinear
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
@@ -108,7 +110,7 @@ class Linearization:
         self._options = {"engine": engine, "chunk_size": chunk_size}
         self.on_product: Callable[[float], None] | None = None
         prepare_recording()
-        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), generators_kept(image.device):
             self.image = image.detach().clone()
             self._respond = Response(model)
             self._precision = torch.finfo(image.dtype).eps
@@ -176,7 +178,8 @@ class Linearization:
             if isinstance(self._engine, Traced):
                 self._engine.keep(self.image, self.model, self._precision)
             if not decided:
-                self._report("rounding hides the slope of the response, so that J v could not be held against it")
+                note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
+                self.engine_report = (*self.engine_report[:-1], note, self.engine_report[-1])
         except BaseException:
             guard = before
             raise
@@ -201,7 +204,7 @@ class Linearization:
                         raise RuntimeError(f"it changes the model's {changed[0]}")
             except (RuntimeError, ValueError) as error:
                 guard.restore()
-                self._report(f"{name}: rejected, {str(error).splitlines()[0]}")
+                self._report(f"{name}: rejected, {str(error).splitlines()[0]}{_advice(error)}")
                 if name != "traced" and isinstance(error, ValueError):
                     raise  # the model is at fault, not the engine
                 if name == names[-1]:
@@ -329,12 +332,12 @@ class Linearization:
 
     def _check_close(self, what: str, actual: Tensor, reference: Tensor, tolerance: float) -> None:
         """Refuse a flat response that differs from an independent one, in any of the tensors that it consists of."""
-        floor = 4 * torch.finfo(reference.dtype).eps * torch.linalg.vector_norm(reference.double()).item()
+        floor = 4 * torch.finfo(reference.dtype).eps * norm(reference)
         for a, b in zip(actual.split(self._respond.sizes), reference.split(self._respond.sizes), strict=True):
-            error, norm = (torch.linalg.vector_norm(x.double()).item() for x in (a - b, b))
-            if not error <= tolerance * norm + floor:
+            error, size = norm(a - b), norm(b)
+            if not error <= tolerance * size + floor:
                 raise RuntimeError(
-                    f"its {what} differs from PyTorch's by {error / norm if norm else error:.1e} of its norm"
+                    f"its {what} differs from PyTorch's by {error / size if size else error:.1e} of its norm"
                 )
 
     def _check_derivatives(self, v: Tensor, reference: Tensor | None) -> None:
@@ -353,18 +356,32 @@ class Linearization:
         if reference is not None:
             self._check_close("J v", jv[0], reference, max(_tolerance(jv.dtype), self._precision**0.5))
         forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
-        tolerance = max(_tolerance(jv.dtype), self._precision**0.5)
-        allowed = tolerance * max(torch.linalg.vector_norm(x.double()).item() for x in (jv, jtu))
+        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * max(norm(jv), norm(jtu))
         if abs(forward - reverse) > allowed:
+            coarse = self._precision > torch.finfo(jv.dtype).eps
             raise ValueError(
                 f"the model's forward-mode and reverse-mode derivatives disagree: ⟨J v, u⟩ = {forward:.6e}, "
-                f"⟨v, Jᵀu⟩ = {reverse:.6e} (difference allowed: {allowed:.1e}); the usual causes are torch.no_grad "
-                "inside the model (use .detach() on what it computes) and a custom autograd function whose jvp or "
-                "backward is wrong; PyTorch's instance norm is wrong before a layer that changes the memory layout"
+                f"⟨v, Jᵀu⟩ = {reverse:.6e} (difference allowed: {allowed:.1e}"
+                f"{f', for steps of precision {self._precision:.0e} inside' if coarse else ''}); the usual causes are "
+                "torch.no_grad inside the model (use .detach() on what it computes) and a custom autograd function "
+                "whose jvp or backward is wrong; PyTorch's instance norm is wrong before a layer that changes the "
+                "memory layout"
             )
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
         self._checked = v[0], jv[0]
+
+
+def _advice(error: Exception) -> str:
+    """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
+    text = str(error)
+    if "setup_context" in text or "jvp method" in text or "does not implement" in text:
+        return "; give the torch.autograd.Function a jvp beside its backward"
+    if "forward AD" in text or "forward-mode" in text.lower():
+        return "; write this step with operations that have a forward mode"
+    if isinstance(error, NotLinear):
+        return "; keep such steps to what doesn't depend on the image, or write them without"
+    return ""
 
 
 def _slope(respond: Response, x: Tensor, v: Tensor) -> Tensor:

@@ -238,9 +238,9 @@ def _compare(
         h = step * scale
         rows = zip(parts, here, at(h), at(-h), jv.double().split(respond.sizes), strict=True)
         for part, f, ahead, behind, slope in rows:
-            central, bend = (ahead - behind) / (2 * h), _norm(ahead - 2 * f + behind) / (2 * h)
-            size, error = max(_norm(slope), _norm(central)), _norm(central - slope)
-            noise = 2 * bend + 8 * torch.finfo(arithmetic.dtype).eps * _norm(f) / h
+            central, bend = (ahead - behind) / (2 * h), norm(ahead - 2 * f + behind) / (2 * h)
+            size, error = max(norm(slope), norm(central)), norm(central - slope)
+            noise = 2 * bend + 8 * torch.finfo(arithmetic.dtype).eps * norm(f) / h
             if error == 0 or noise <= arithmetic.drowned * size:
                 part.add(central, error, error / size if error else 0.0, arithmetic.tolerance * size + noise)
         if all(part.agrees for part in parts):
@@ -266,13 +266,16 @@ class _Part:
         elif not self.agrees:
             self.share = max(self.share, share)
             for other, its_error in self._against:
-                least = min(0.5 * error, 0.5 * its_error, 0.1 * max(_norm(central), _norm(other)))
-                self.disagrees |= _norm(central - other) <= least
+                least = min(0.5 * error, 0.5 * its_error, 0.1 * max(norm(central), norm(other)))
+                self.disagrees |= norm(central - other) <= least
             self._against.append((central, error))
 
 
-def _norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x).item()
+def norm(x: Tensor) -> float:
+    """‖x‖₂ in float64, also where the squares of its elements leave that range."""
+    x = x.double()
+    peak = float(x.abs().max()) if x.numel() else 0.0
+    return peak * torch.linalg.vector_norm(x / peak).item() if peak else 0.0
 
 
 def _beside(image: Tensor, scale: float) -> Tensor:
