@@ -13,7 +13,8 @@ failure of the test that was running, and the rest go on. Prints a Markdown tabl
     pip download --no-deps --no-binary pylops,plenoptic --dest FOLDER pylops plenoptic
     python benchmarks/peers.py --sources FOLDER
 
-PyLops' and plenoptic's tests are in their source distributions only, of the versions that are installed. Names of suites as arguments choose among them. pytest is needed throughout, and for plenoptic's tests timm.
+PyLops' and plenoptic's tests are in their source distributions only, of the versions that are installed. Names of
+suites as arguments choose among them. pytest is needed throughout, and for plenoptic's tests timm.
 """
 
 from __future__ import annotations
