@@ -112,7 +112,7 @@ def operator_of(kind: type, matrix: np.ndarray) -> Any:
     return kind(torch.zeros(matrix.shape[1], dtype=torch.from_numpy(matrix).dtype), Linear(matrix))
 
 
-# %% In the place of what stands what; each returns the files to test
+# %% In the place of what stands what; each returns the files to test, of which the first is the folder of them all
 
 
 def replace(package: str, original: Any, new: Any) -> None:
@@ -142,7 +142,7 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
     if not theirs:
         replace("scipy", original, aslinearoperator)
         replace("scipy", lobpcg, lobpcg_on_ours)
-    return [str(pathlib.Path(sla.__file__).parent / name) for name in SCIPY_TESTS]
+    return [os.path.dirname(scipy.__file__), *(os.path.join(os.path.dirname(sla.__file__), t) for t in SCIPY_TESTS)]
 
 
 def prepare_pylops(theirs: bool, source: str, folder: pathlib.Path) -> list[str]:
@@ -152,13 +152,15 @@ def prepare_pylops(theirs: bool, source: str, folder: pathlib.Path) -> list[str]
 
     def matrix_mult(A: Any, otherdims: Any = None, *args: Any, **kwargs: Any) -> Any:
         operator = jacobian_of(A) if otherdims is None and not args and set(kwargs) <= {"dtype"} else None
-        return original(A, otherdims, *args, **kwargs) if operator is None else pylops.aslinearoperator(operator)
+        if operator is None:
+            return original(A, otherdims, *args, **kwargs)
+        # theirs without its matrix, too, which PyLops uses where it can see it
+        return pylops.LinearOperator(original(A, **kwargs) if theirs else operator, explicit=False)
 
-    if not theirs:
-        pylops.MatrixMult = pylops.basicoperators.MatrixMult = matrix_mult
+    pylops.MatrixMult = pylops.basicoperators.MatrixMult = matrix_mult
     shutil.copytree(next(pathlib.Path(source).glob("*/pytests")), folder / "pytests")
     files = sorted((folder / "pytests").glob("test_*.py"))
-    return [str(path) for path in files if MENTION["pylops"] in path.read_text(encoding="utf-8")]
+    return [str(folder), *(str(path) for path in files if MENTION["pylops"] in path.read_text(encoding="utf-8"))]
 
 
 def prepare_plenoptic(theirs: bool, source: str, folder: pathlib.Path) -> list[str]:
@@ -180,7 +182,7 @@ def prepare_plenoptic(theirs: bool, source: str, folder: pathlib.Path) -> list[s
     plenoptic.data.fetch_data = lambda name: folder
     timm.create_model = lambda *args, **kwargs: None
     count_objects(Eigendistortion)
-    return [str(folder / "test_eigendistortion.py")]
+    return [str(folder), str(folder / "test_eigendistortion.py")]
 
 
 def count_objects(kind: type) -> None:
@@ -250,9 +252,9 @@ def work(job: dict) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "pytest.ini").write_text("[pytest]\n")  # and not this project's or the peer's
-        files = PREPARE[job["suite"]](job["theirs"], job["source"], folder)
+        root, *files = PREPARE[job["suite"]](job["theirs"], job["source"], folder)
         recorder = Recorder(job["path"], job["wanted"], job["done"], MENTION.get(job["suite"], ""))
-        options = ["-q", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
+        options = ["-q", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini"), "--rootdir", root]
         pytest.main([*options, *files], plugins=[recorder])
 
 

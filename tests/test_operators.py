@@ -233,6 +233,7 @@ def test_algebra():
         np.testing.assert_allclose(operator @ x, matrix @ x, rtol=1e-12)
     np.testing.assert_allclose(x @ F, x @ gram, rtol=1e-12)
     assert F.T is F and F.H is F
+    assert J.args == F.args == () and (J @ F).args == (J, F)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
