@@ -265,8 +265,9 @@ def run(suite: str, source: str, *, theirs: bool = False, wanted: list[str] | No
         path = os.path.join(name, "results")
         while True:
             job = {"suite": suite, "source": source, "theirs": theirs, "wanted": wanted, "done": list(results)}
-            command = [sys.executable, __file__, "--job", json.dumps(job | {"path": path})]
             pathlib.Path(path).write_text("")
+            pathlib.Path(path + ".job").write_text(json.dumps(job | {"path": path}))  # too long for an argument
+            command = [sys.executable, __file__, "--job", path + ".job"]
             try:
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT)
                 how, output = f"process ended with {done.returncode}", done.stdout.decode(errors="replace")
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        return work(json.loads(args.job))
+        return work(json.loads(pathlib.Path(args.job).read_text()))
     if unknown := set(args.suites) - set(SUITES):
         parser.error(f"there is no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     print("| suite | passed | failed | failed on the peer's own objects, too | skipped | failures |")
