@@ -40,6 +40,7 @@ class _ModelOperator(LinearOperator):
         self.linearization = linearization
         dtype = np.dtype(str(linearization.image.dtype).removeprefix("torch."))
         super().__init__(dtype, self._shape_for(linearization))
+        self.args = ()  # as of SciPy's own operators that are not composed of others
 
     def __reduce__(self) -> tuple:
         return type(self).from_linearization, (self.linearization,)
