@@ -203,7 +203,7 @@ def check_picklable(model: Any) -> None:
         raise pickle.PicklingError(
             f"an Eigendistortion is pickled with its model, but the model {name_of(model)} can't be pickled: {error}. "
             "Send a file in its place, by save(path) here and Eigendistortion.from_file(path, model) there; or let the "
-            "model be an instance of a class, or a function, that is defined at the top level of a module"
+            "model and its parts be functions, and instances of classes, defined at the top level of a module"
         ) from error
 
 

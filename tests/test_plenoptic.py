@@ -271,7 +271,7 @@ def test_load_of_what_differs(difference, saved):
     assert torch.equal(ed.image, IMAGE) and ed.model is arguments.get("model", model)
     assert np.count_nonzero(ed.result.converged) == holding
     if "output" in problems[0]:
-        assert f"by whose products {holding} of 2 pairs of the file hold to tol=1e-06" in str(warned[0].message)
+        assert f"by whose products {holding} of the file's 2 pairs hold to tol=1e-06" in str(warned[0].message)
     step = ed.model(ed.eigendistortions[0])  # the models are linear, and √λ is how far theirs, not the file's, moves
     assert torch.linalg.vector_norm(step).item() ** 2 == pytest.approx(ed.eigenvalues[0].item())
 
