@@ -364,7 +364,8 @@ def test_what_a_file_holds(saved, capsys, tmp_path, monkeypatch):
 
 
 def test_warnings_of_load_are_plenoptics_where_it_is_installed(saved, monkeypatch):
-    monkeypatch.setitem(sys.modules, "plenoptic", None)
+    for name in ("plenoptic", "plenoptic.io"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.warns(UserWarning, match="different names") as warned:
         ed_with(model=named("other", lambda y: 1 * y)).load(saved, raise_on_checks=False)
     assert [w.category for w in warned] == [po.io.LoadWarning] and po.io.LoadWarning.__module__.startswith("fisherop")
