@@ -375,7 +375,7 @@ class Linearization:
 def _advice(error: Exception) -> str:
     """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
     text = str(error)
-    if "setup_context" in text or "jvp method" in text or "does not implement" in text:
+    if "jvp function" in text or "setup_context" in text:
         return "; give the torch.autograd.Function a jvp beside its backward"
     if "forward AD" in text or "forward-mode" in text.lower():
         return "; write this step with operations that have a forward mode"

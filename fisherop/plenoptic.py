@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fisherop.eigendistortion
-from fisherop import plenoptic_files
+from fisherop.plenoptic_files import LoadWarning, examine, is_torchs, load_checked
 from fisherop.plot import Panel, describe, draw, to_pictures, value_range
 
 
@@ -92,7 +92,7 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
                 "load can only be called with a just-initialized Eigendistortion object, and this one has a result: "
                 "make another, or use Eigendistortion.from_file(path, model)"
             )
-        operator, result = plenoptic_files.load(
+        operator, result = load_checked(
             self,
             file_path,
             map_location,
@@ -307,10 +307,10 @@ def examine_saved_synthesis(file_path: str | os.PathLike, map_location: str | to
     ValueError
         The file is damaged or of another kind.
     """
-    if plenoptic_files.is_torchs(file_path):
+    if is_torchs(file_path):
         _module("plenoptic.io").examine_saved_synthesis(file_path, map_location)
     else:
-        plenoptic_files.examine(file_path)
+        examine(file_path)
 
 
 class _Namespace:
@@ -357,7 +357,7 @@ synth = synthesize = _Namespace(
 )
 io = _Namespace(
     "plenoptic.io",
-    {"LoadWarning": plenoptic_files.LoadWarning},
+    {"LoadWarning": LoadWarning},
     examine_saved_synthesis=examine_saved_synthesis,
 )
 plot = _Namespace("plenoptic.plot", eigendistortion_imshow_all=eigendistortion_imshow_all)

@@ -26,7 +26,7 @@ class LoadWarning(UserWarning):
     """What a `load` with ``raise_on_checks=False`` warns of, where plenoptic's own warning isn't installed."""
 
 
-def load(
+def load_checked(
     ed: Eigendistortion,
     path: str | os.PathLike,
     map_location: str | torch.device | None,
@@ -59,32 +59,20 @@ def load(
         differ(problem, "what the file found, and the attributes of the initialized object")
     _check_arithmetic(ed, fields, map_location)
     image = torch.from_numpy(fields["image"]).to(ed.image.device)
-    for problem in _other_tensor("attribute image", image, ed.image, atol, rtol):
+    for problem in _other_image(image, ed.image, atol, rtol):
         differ(problem, "the image of the file")
     operator = ed.operator if torch.equal(image, ed.image) else FisherOperator(image, ed.model, **ed._products)
 
-    result, response = result_from(fields), operator.linearization.response
-    difference, norm = np.inf, 0.0
-    if response.numel() == result.response_size:
-        difference, norm = response_difference(fields, response)
-    own_shape = operator.response_shape if "response_shape" in fields else (response.numel(),)
-    shape = tuple(np.atleast_1d(fields.get("response_shape", fields["response_size"])).tolist())
-    problem = ""
-    if shape != own_shape:
-        problem = f"shape!\nSaved: {shape}\nInitialized: {own_shape}"
-    elif not difference <= atol * response.numel() ** 0.5 + rtol * norm:
-        problem = f"values!\nThey differ by {difference:.3g} in norm, of {norm:.3g}"
-    if not difference <= same_response(fields) * norm and not (problem and category is None):
+    result = result_from(fields)
+    problem, same = _other_response(fields, operator, atol, rtol)
+    if (problem and category is not None) or not (problem or same):
         with warnings.catch_warnings():
-            if problem:  # of which one warning is enough
+            if problem:  # of which the one warning below is enough
                 warnings.simplefilter("ignore", RuntimeWarning)
             result = transfer(operator, result)
     if problem:
-        found = f"{np.count_nonzero(result.converged)} of {len(result.eigenvalues)} pairs"
-        differ(
-            f"Saved and initialized model output have different {problem}",
-            f"the model of the initialized object, by whose products {found} of the file hold to tol={result.tol:g}",
-        )
+        held = f"{np.count_nonzero(result.converged)} of the file's {len(result.eigenvalues)} pairs"
+        differ(problem, f"the model of the initialized object, by whose products {held} hold to tol={result.tol:g}")
 
     saved, own = str(fields["model"]).split(".")[-1], name_of(ed.model).split(".")[-1]
     if saved != own:
@@ -137,13 +125,30 @@ def _check_arithmetic(
         )
 
 
-def _other_tensor(name: str, saved: Tensor, own: Tensor, atol: float, rtol: float) -> Iterator[str]:
+def _other_image(saved: Tensor, own: Tensor, atol: float, rtol: float) -> Iterator[str]:
     if saved.shape != own.shape:
         shapes = f"Saved: {tuple(saved.shape)}\nInitialized: {tuple(own.shape)}"
-        yield f"Saved and initialized {name} have different shape!\n{shapes}"
+        yield f"Saved and initialized attribute image have different shape!\n{shapes}"
     elif not torch.allclose(saved, own, atol=atol, rtol=rtol):
         by = float((saved - own).abs().max())
-        yield f"Saved and initialized {name} have different values!\nThey differ by up to {by:.3g}"
+        yield f"Saved and initialized attribute image have different values!\nThey differ by up to {by:.3g}"
+
+
+def _other_response(
+    fields: Mapping[str, NDArray], operator: FisherOperator, atol: float, rtol: float
+) -> tuple[str, bool]:
+    """What is wrong with the response, or "", and whether it is the file's but for rounding."""
+    response = operator.linearization.response
+    own = operator.response_shape if "response_shape" in fields else (response.numel(),)
+    saved = tuple(np.atleast_1d(fields.get("response_shape", fields["response_size"])).tolist())
+    if saved != own:
+        return f"Saved and initialized model output have different shape!\nSaved: {saved}\nInitialized: {own}", False
+    difference, norm = response_difference(fields, response)
+    problem = ""
+    if not difference <= atol * response.numel() ** 0.5 + rtol * norm:
+        by = f"They differ by {difference:.3g} in norm, of {norm:.3g}"
+        problem = f"Saved and initialized model output have different values!\n{by}"
+    return problem, difference <= same_response(fields) * norm
 
 
 def is_torchs(path: str | os.PathLike) -> bool:
