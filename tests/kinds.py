@@ -564,9 +564,11 @@ ARCHITECTURES = {
     "grid sample": Kind(module(Sampler), engine="double_backward", forward_mode=False),
     "grid sample, nearest": Kind(module(lambda: Sampler("nearest")), engine="double_backward", forward_mode=False),
     "LSTM": Kind(  # float32's fused kernel has no forward mode
-        module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True, bidirectional=True))), functorch=False
+        module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True, bidirectional=True))),
+        (1, 3, 4, 8),
+        functorch=False,
     ),
-    "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True)))),
+    "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True))), (1, 3, 4, 8)),
     "U-Net at a time": Kind(unet),
     "generator": Kind(module(Generator), (1, 512)),
     "max pooling": Kind(net(lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.Conv2d(4, 2, 3))),
@@ -593,10 +595,6 @@ def median_pooling(x: Tensor) -> Tensor:
 
 def overlapped(x: Tensor) -> Tensor:
     return F.fold(F.unfold(x.square(), 3, padding=1).sin(), x.shape[2:], 3, padding=1)
-
-
-def normalized_at_zero(x: Tensor) -> Tensor:
-    return F.normalize(x - x.detach() * (x.detach() < 0.5), dim=1) + x.square()
 
 
 def filled(x: Tensor) -> Tensor:
@@ -715,7 +713,6 @@ OPERATIONS = {
     "antialiased, bicubic": Kind(function(lambda x: smoothed(x, size=(5, 4), mode="bicubic"))),
     "interpolated": Kind(function(resized)),
     "normalized at zero": Kind(function(lambda x: F.normalize(x, dim=1)), smooth=False, zeros=True),
-    "normalized beside zero": Kind(function(normalized_at_zero), smooth=False),
     "kinks at zero": Kind(function(magnitudes), smooth=False, zeros=True),
     "quantile": Kind(function(lambda x: x.quantile(torch.tensor([0.25, 0.75], dtype=x.dtype), dim=-1))),
     "lerp in place": Kind(function(leaky_integrator)),
