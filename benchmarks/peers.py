@@ -7,7 +7,7 @@ row, where the matrix A is positive semidefinite, the `FisherOperator` of B, whe
 `JacobianOperator` stands for `MatrixMult`, and in plenoptic's of eigendistortions `fisherop.plenoptic` for plenoptic.
 
 Only tests in which an object of this library was made are counted. Those that fail are run once more on the peer's own
-objects: what fails there as well is its own affair. Every suite runs in a process of its own, so that a crash is a
+operators, without their matrix and in its dtype: what fails there as well asks for one of the two. Every suite runs in a process of its own, so that a crash is a
 failure of the test that was running, and the rest go on. Prints a Markdown table; some ten minutes on 2 cores.
 
     pip download --no-deps --no-binary pylops,plenoptic --dest FOLDER pylops plenoptic
@@ -129,7 +129,7 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
 
     def ours(A: Any) -> Any:
         operator = convert(A)
-        return A if operator is None else operator
+        return A if operator is None else in_its_own_dtype(A) if theirs else operator
 
     @functools.wraps(original)
     def aslinearoperator(A: Any) -> Any:
@@ -139,10 +139,18 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
     def lobpcg_on_ours(A: Any, X: Any, B: Any = None, M: Any = None, *args: Any, **kwargs: Any) -> Any:
         return lobpcg(ours(A), X, ours(B), ours(M), *args, **kwargs)  # it never calls aslinearoperator
 
-    if not theirs:
-        replace("scipy", original, aslinearoperator)
-        replace("scipy", lobpcg, lobpcg_on_ours)
+    replace("scipy", original, aslinearoperator)
+    replace("scipy", lobpcg, lobpcg_on_ours)
     return [os.path.dirname(scipy.__file__), *(os.path.join(os.path.dirname(sla.__file__), t) for t in SCIPY_TESTS)]
+
+
+def in_its_own_dtype(A: Any) -> sla.LinearOperator:
+    """SciPy's operator of a matrix, that like ours multiplies in the matrix' dtype, whatever the vector's."""
+
+    def times(matrix: Any) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: matrix @ x.astype(A.dtype)
+
+    return sla.LinearOperator(A.shape, times(A), rmatvec=times(A.T), matmat=times(A), rmatmat=times(A.T), dtype=A.dtype)
 
 
 def prepare_pylops(theirs: bool, source: str, folder: pathlib.Path) -> list[str]:
