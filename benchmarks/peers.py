@@ -7,8 +7,9 @@ row, where the matrix A is positive semidefinite, the `FisherOperator` of B, whe
 `JacobianOperator` stands for `MatrixMult`, and in plenoptic's of eigendistortions `fisherop.plenoptic` for plenoptic.
 
 Only tests in which an object of this library was made are counted. Those that fail are run once more on the peer's own
-operators, without their matrix and in its dtype: what fails there as well asks for one of the two. Every suite runs in a process of its own, so that a crash is a
-failure of the test that was running, and the rest go on. Prints a Markdown table; some ten minutes on 2 cores.
+operators, without their matrix and in its dtype: what fails there as well asks for one of the two. Every suite runs in
+a process of its own, so that a crash is a failure of the test that was running, and the rest go on. Prints a Markdown
+table; half an hour on 2 cores, most of it for SciPy's iterative solvers.
 
     pip download --no-deps --no-binary pylops,plenoptic --dest FOLDER pylops plenoptic
     python benchmarks/peers.py --sources FOLDER
