@@ -30,6 +30,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -63,6 +64,7 @@ SUITES = {  # by name: the peer, and in whose place what stands
 }
 MENTION = {"pylops": "MatrixMult("}  # in the tests that are worth a run
 TIMEOUT = 3600  # seconds for a suite
+LIMIT = 30  # seconds of CPU time for a test: some go on for minutes where their tolerance is out of float32's reach
 MAX_ELEMENTS = 4_000_000  # of a matrix that is replaced
 
 made = 0  # how many objects of this library stood in for a peer's
@@ -218,6 +220,10 @@ PREPARE = {
 # %% A process of its own for each suite
 
 
+def give_up(*args: Any) -> None:
+    raise TimeoutError(f"not done after {LIMIT} s of CPU time")
+
+
 class Recorder:
     """A pytest plugin: runs the tests wanted, and writes a line when one begins and when it has ended."""
 
@@ -241,12 +247,14 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome, self.reason, self.made = "passed", "", made
         self.write(test=nodeid)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome != "passed" and self.outcome != "failed":
             self.outcome, self.reason = report.outcome, str(getattr(report, "longreprtext", ""))
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         self.write(test=nodeid, outcome=self.outcome, reason=self.reason, ours=made > self.made)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -258,6 +266,7 @@ def work(job: dict) -> None:
     """What a process does: put our objects in the place of the peer's, then run its tests."""
     import pytest
 
+    signal.signal(signal.SIGPROF, give_up)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "pytest.ini").write_text("[pytest]\n")  # and not this project's or the peer's
