@@ -7,8 +7,9 @@ row, where the matrix A is positive semidefinite, the `FisherOperator` of B, whe
 `JacobianOperator` stands for `MatrixMult`, and in plenoptic's of eigendistortions `fisherop.plenoptic` for plenoptic.
 
 Only tests in which an object of this library was made are counted. Those that fail are run once more on the peer's own
-objects: what fails there as well is its own affair. Every suite runs in a process of its own, so that a crash is a
-failure of the test that was running, and the rest go on. Prints a Markdown table; some ten minutes on 2 cores.
+operators, without their matrix and in its dtype: what fails there as well asks for one of the two. Every suite runs in
+a process of its own, so that a crash is a failure of the test that was running, and the rest go on. Prints a Markdown
+table; half an hour on 2 cores, most of it for SciPy's iterative solvers.
 
     pip download --no-deps --no-binary pylops,plenoptic --dest FOLDER pylops plenoptic
     python benchmarks/peers.py --sources FOLDER
@@ -29,6 +30,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -62,6 +64,7 @@ SUITES = {  # by name: the peer, and in whose place what stands
 }
 MENTION = {"pylops": "MatrixMult("}  # in the tests that are worth a run
 TIMEOUT = 3600  # seconds for a suite
+LIMIT = 30  # seconds of CPU time for a test: some go on for minutes where their tolerance is out of float32's reach
 MAX_ELEMENTS = 4_000_000  # of a matrix that is replaced
 
 made = 0  # how many objects of this library stood in for a peer's
@@ -129,7 +132,7 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
 
     def ours(A: Any) -> Any:
         operator = convert(A)
-        return A if operator is None else operator
+        return A if operator is None else in_its_own_dtype(A) if theirs else operator
 
     @functools.wraps(original)
     def aslinearoperator(A: Any) -> Any:
@@ -139,10 +142,18 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
     def lobpcg_on_ours(A: Any, X: Any, B: Any = None, M: Any = None, *args: Any, **kwargs: Any) -> Any:
         return lobpcg(ours(A), X, ours(B), ours(M), *args, **kwargs)  # it never calls aslinearoperator
 
-    if not theirs:
-        replace("scipy", original, aslinearoperator)
-        replace("scipy", lobpcg, lobpcg_on_ours)
+    replace("scipy", original, aslinearoperator)
+    replace("scipy", lobpcg, lobpcg_on_ours)
     return [os.path.dirname(scipy.__file__), *(os.path.join(os.path.dirname(sla.__file__), t) for t in SCIPY_TESTS)]
+
+
+def in_its_own_dtype(A: Any) -> sla.LinearOperator:
+    """SciPy's operator of a matrix, that like ours multiplies in the matrix' dtype, whatever the vector's."""
+
+    def times(matrix: Any) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: matrix @ x.astype(A.dtype)
+
+    return sla.LinearOperator(A.shape, times(A), rmatvec=times(A.T), matmat=times(A), rmatmat=times(A.T), dtype=A.dtype)
 
 
 def prepare_pylops(theirs: bool, source: str, folder: pathlib.Path) -> list[str]:
@@ -209,6 +220,10 @@ PREPARE = {
 # %% A process of its own for each suite
 
 
+def give_up(*args: Any) -> None:
+    raise TimeoutError(f"not done after {LIMIT} s of CPU time")
+
+
 class Recorder:
     """A pytest plugin: runs the tests wanted, and writes a line when one begins and when it has ended."""
 
@@ -232,12 +247,14 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome, self.reason, self.made = "passed", "", made
         self.write(test=nodeid)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome != "passed" and self.outcome != "failed":
             self.outcome, self.reason = report.outcome, str(getattr(report, "longreprtext", ""))
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         self.write(test=nodeid, outcome=self.outcome, reason=self.reason, ours=made > self.made)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -249,6 +266,7 @@ def work(job: dict) -> None:
     """What a process does: put our objects in the place of the peer's, then run its tests."""
     import pytest
 
+    signal.signal(signal.SIGPROF, give_up)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "pytest.ini").write_text("[pytest]\n")  # and not this project's or the peer's
