@@ -56,8 +56,10 @@ def is_ordinary(tensor: Tensor) -> bool:
     """No graph, no tangent, no transform's or recording's wrapper."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         return False
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(tensor).tangent
+    tangent = None
+    if tensor.layout == torch.strided:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(tensor).tangent
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tangent is None
