@@ -81,10 +81,14 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            out = func(*args, **kwargs)
+        else:
             device = next((a.device for a in args if isinstance(a, Tensor)), kwargs.get("device"))
-            self._draws.append((str(func), _state(kwargs.get("generator"), device)))
-        out = func(*args, **kwargs)
+            before = _state(kwargs.get("generator"), device)
+            out = func(*args, **kwargs)
+            if _state(kwargs.get("generator"), device) != before:  # it may draw with some arguments only
+                self._draws.append((str(func), before))
         computes = any(isinstance(a, Tensor) and a.is_floating_point() | a.is_complex() for a in args)
         for part in out if isinstance(out, tuple | list) else (out,):
             if isinstance(part, Tensor) and not func.is_view:

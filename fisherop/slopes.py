@@ -273,7 +273,7 @@ class _Part:
 
 def norm(x: Tensor) -> float:
     """‖x‖₂ in float64, also where the squares of its elements leave that range."""
-    x = x.double()
+    x = x.detach().double()
     peak = float(x.abs().max()) if x.numel() else 0.0
     return peak * torch.linalg.vector_norm(x / peak).item() if peak else 0.0
 
