@@ -58,7 +58,8 @@ def attempt() -> Iterator[None]:
     back a state that is no longer the thread's, and differentiation no longer works. So they are freed here, where
     leaving `inference_mode` restores the state of before.
     """
-    with torch.inference_mode(False):
+    enabled = torch.is_grad_enabled()  # which inference_mode(False) sets
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
         try:
             yield
         except BaseException as error:

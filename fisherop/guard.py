@@ -84,7 +84,7 @@ class Guard:
     def restore(self) -> list[str]:
         """Put everything back; return the names of parameters, buffers and other tensors whose elements had changed."""
         changed: list[str] = []
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             for container, content in self._containers:
                 for name, old, new in _refill(container, content):
                     if isinstance(old, Tensor) and self._is_state(container) and not _equal(old, new):
