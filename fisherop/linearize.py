@@ -40,17 +40,17 @@ def linearize(
     image : Tensor, shape ``image_shape``
         One image of any shape, float32 or float64; a leading batch dimension of 1 is usual. It is copied.
     model : callable or nn.Module
-        Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
-        flattened and concatenated in order. A module's parameters, buffers and gradients are not changed (but for
-        buffers that its first call sets up). It must not change while the linearization is in use.
+        Maps the image to its response: a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors,
+        which is flattened and concatenated in order; None is left out. What `torch.compile` wraps runs uncompiled. The
+        model is left as it is after one plain call: what that sets up is kept, as ordinary tensors. It must not change
+        while the linearization is in use.
     engine : {"auto", "traced", "functional", "double_backward"}
         How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
         on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
-        and dtype, until the module changes. ``"functional"``: J v in forward mode, at every product anew, Jᵀu by the
+        and dtype, until the module changes. ``"functional"``: J v by dual numbers, at every product anew, Jᵀu by the
         backward pass of one forward pass that is kept. ``"double_backward"``: both from that backward pass, which is
         differentiated once more; for models with operations that have no forward mode. ``"auto"``: the first of these
-        that can be built and is right. Recording costs 15 to 25 forward passes, ``"functional"`` 20 to 30 and about
-        three more at every product.
+        that can be built, is right, and leaves the model as it was.
     chunk_size : int, optional
         How many products go through the model at a time, at most. By default 64, and fewer where a tensor of a block
         would reach 32 MiB (``"traced"``), or all that it computes on its way 1 GiB (the other engines).
@@ -59,15 +59,17 @@ def linearize(
     -------
     Linearization
         Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, have
-        the same bits when repeated, and, where they are traced, agree with PyTorch's own derivatives.
+        the same bits when repeated, agree with PyTorch's own derivatives where they are traced, and with the slope of
+        the response.
 
     Raises
     ------
     TypeError
-        The image or the response is not a floating-point tensor of one dtype.
+        The image or the response is not a floating-point tensor of one dtype; a complex response needs
+        `torch.view_as_real`.
     ValueError
         The image holds more than one image, NaN or infinity; the model is in training mode, on another device,
-        not deterministic, not differentiable, or its derivatives are inconsistent.
+        not deterministic, not differentiable, or its derivatives are inconsistent, or not the slope of its response.
     RuntimeError
         The engine named, or each of those tried, can't be built or is wrong; the message quotes why.
     """
