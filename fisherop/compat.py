@@ -51,7 +51,7 @@ def differentiable(*, recurrent: bool) -> Iterator[None]:
 
 
 class _GridSample(TorchFunctionMode):
-    """Up to 2.14, `grid_sample` has no forward mode, and up to 2.10 no second derivative; its decomposition has both."""
+    """Up to 2.14, `grid_sample` has no forward mode, up to 2.10 no second derivative: its decomposition has both."""
 
     INTERPOLATION, PADDING = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 
