@@ -89,7 +89,7 @@ MODELS = {  # and the engine that "auto" is to find
     "no batching rule": (lambda: nn.Mish(), "traced"),
     "old custom function": (lambda: Exp.apply, "double_backward"),
     "checkpoint": (lambda: checkpointed, "traced"),
-    "no forward mode": (lambda: sampled, "double_backward"),
+    "grid sample": (lambda: sampled, "traced"),
     "compiled": (lambda: torch.compile(small_model(), backend="eager"), "traced"),
     "traced": (lambda: torch.jit.trace(nn.Softplus(), small_image()), "traced"),
 }
