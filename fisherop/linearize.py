@@ -17,12 +17,20 @@ from torch import Tensor
 
 from fisherop.compat import attempt, prepare_recording
 from fisherop.draws import generators_kept
-from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
+from fisherop.engines import (
+    ENGINES,
+    DoubleBackward,
+    Functional,
+    Traced,
+    advice,
+    forward_mode,
+    slope,
+    slope_by_backward,
+)
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
 from fisherop.slopes import check_slope, norm
-from fisherop.tape import NotLinear
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
@@ -93,6 +101,9 @@ class Linearization:
         traced one holds. They are also logged at level INFO.
     chunk_size : int
         The number of vectors that pass through the model together.
+    mismatch : float
+        How far J v and Jᵀu are from those of one matrix, relative to them, where the model has steps in a lower
+        precision than the image's; else 0.
     n_jvp, n_vjp : int
         How many vectors were multiplied with J and with Jᵀ since construction.
     on_product : callable or None
@@ -173,7 +184,7 @@ class Linearization:
                     self._respond,
                     self.image,
                     *self._checked,
-                    _slope_by_backward if isinstance(self._engine, DoubleBackward) else _slope,
+                    slope_by_backward if isinstance(self._engine, DoubleBackward) else slope,
                     precision=self._precision,
                     detaches=seen.detaches,
                 )
@@ -196,7 +207,7 @@ class Linearization:
                 with attempt():
                     self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
                     if isinstance(engine, Traced):
-                        reference = _slope(self._respond, self.image, v[0])
+                        reference = slope(self._respond, self.image, v[0])
                         self._check_engine(v, reference, chunk_size or engine.chunk_size)
                     else:
                         default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
@@ -206,7 +217,7 @@ class Linearization:
                         raise RuntimeError(f"it changes the model's {changed[0]}")
             except (RuntimeError, ValueError) as error:
                 guard.restore()
-                self._report(f"{name}: rejected, {str(error).splitlines()[0]}{_advice(error)}")
+                self._report(f"{name}: rejected, {str(error).splitlines()[0]}{advice(error)}")
                 if name != "traced" and isinstance(error, ValueError):
                     raise  # the model is at fault, not the engine
                 if name == names[-1]:
@@ -358,9 +369,10 @@ class Linearization:
         if reference is not None:
             self._check_close("J v", jv[0], reference, max(_tolerance(jv.dtype), self._precision**0.5))
         forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
-        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * max(norm(jv), norm(jtu))
+        size, coarse = max(norm(jv), norm(jtu)), self._precision > torch.finfo(jv.dtype).eps
+        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * size
+        self.mismatch = abs(forward - reverse) / size if coarse and size else 0.0
         if abs(forward - reverse) > allowed:
-            coarse = self._precision > torch.finfo(jv.dtype).eps
             raise ValueError(
                 f"the model's forward-mode and reverse-mode derivatives disagree: ⟨J v, u⟩ = {forward:.6e}, "
                 f"⟨v, Jᵀu⟩ = {reverse:.6e} (difference allowed: {allowed:.1e}"
@@ -372,26 +384,6 @@ class Linearization:
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
         self._checked = v[0], jv[0]
-
-
-def _advice(error: Exception) -> str:
-    """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
-    text = str(error)
-    if "jvp function" in text or "setup_context" in text:
-        return "; give the torch.autograd.Function a jvp beside its backward"
-    if "forward AD" in text or "forward-mode" in text.lower():
-        return "; write this step with operations that have a forward mode"
-    if isinstance(error, NotLinear):
-        return "; keep such steps to what doesn't depend on the image, or write them without"
-    return ""
-
-
-def _slope(respond: Response, x: Tensor, v: Tensor) -> Tensor:
-    return forward_mode(respond, x, v)[1]
-
-
-def _slope_by_backward(respond: Response, x: Tensor, v: Tensor) -> Tensor:
-    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
 
 def _tolerance(dtype: torch.dtype) -> float:

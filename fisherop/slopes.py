@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.compat import attempt
 from fisherop.draws import DETACHING
+from fisherop.nodes import replace
 from fisherop.response import Response
-from fisherop.tape import replace, written
+from fisherop.tape import written
 
 _LOG = logging.getLogger(__name__)
 _WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
