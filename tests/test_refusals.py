@@ -357,7 +357,7 @@ REFUSED = {
     "only None": (lambda x: (None, [None]), (TypeError, ValueError), "tensor"),
     "text": (lambda x: (x, "label"), TypeError, "str"),
     "integers": (lambda x: (x, x.argmax()), TypeError, "int64"),
-    "no derivative of the backward pass, no forward mode": (Once.apply, RuntimeError, "once_differentiable"),
+    "no derivative of the backward pass, no forward mode": (Once.apply, RuntimeError, "jvp function"),
     "reentrant checkpoint": (reentrant, (RuntimeError, ValueError), "use_reentrant=False"),
     "NaN in the derivative": (lambda x: (x - x.detach()).sqrt(), ValueError, "NaN or infinity"),
     "an error of the model's own": (lambda x: x.reshape(7, 7), RuntimeError, "shape"),
