@@ -167,9 +167,7 @@ def check_slope(
     """
     arithmetic = _arithmetic(respond, image, precision)
     scale = float(image.abs().max()) or 1.0
-    own = max(1e-5, 3 * max(precision, torch.finfo(image.dtype).eps) ** 0.5)
-    first = arithmetic._replace(steps=arithmetic.steps[:1], tolerance=max(own, arithmetic.tolerance))
-    verdict, _ = _compare(image, v, jv, first, scale, detaches)
+    verdict, _ = _compare(image, v, jv, arithmetic._replace(steps=arithmetic.steps[:1]), scale, detaches)
     if verdict:
         return True
     x, v = (t.to(arithmetic.dtype) for t in (_beside(image, scale), v))
@@ -248,7 +246,8 @@ def _compare(
     wrong = [part.share for part in parts if part.disagrees]
     if wrong:
         return False, max(wrong)
-    return (True if any(part.agrees for part in parts) else None), 0.0
+    doubted = any(part.doubted for part in parts)
+    return (True if any(part.agrees for part in parts) and not doubted else None), 0.0
 
 
 class _Part:
@@ -258,6 +257,11 @@ class _Part:
         self.agrees = self.disagrees = False
         self.share = 0.0
         self._against: list[tuple[Tensor, float]] = []
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a step speaks against J v and none for it."""
+        return bool(self._against) and not self.agrees
 
     def add(self, central: Tensor, error: float, share: float, allowed: float) -> None:
         """A difference speaks against J v where another step's is much the same."""
