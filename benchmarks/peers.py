@@ -131,8 +131,10 @@ def prepare_scipy(convert: Callable[[Any], Any], theirs: bool, source: str, fold
     original, lobpcg = sla.aslinearoperator, sla.lobpcg
 
     def ours(A: Any) -> Any:
+        if theirs:  # of ours, nothing is made that could fail
+            return A if real_matrix(A) is None else in_its_own_dtype(A)
         operator = convert(A)
-        return A if operator is None else in_its_own_dtype(A) if theirs else operator
+        return A if operator is None else operator
 
     @functools.wraps(original)
     def aslinearoperator(A: Any) -> Any:

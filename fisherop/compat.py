@@ -8,7 +8,11 @@ import traceback
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -36,13 +40,64 @@ def differentiable(*, recurrent: bool) -> Iterator[None]:
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         eager = torch.compiler.set_stance("force_eager")
+    sampling = contextlib.nullcontext() if VERSION >= (2, 15) else _GridSample()
     try:
         torch._C._set_mkldnn_enabled(mkldnn and not recurrent)
-        with sdpa_kernel(SDPBackend.MATH), eager:
+        with sdpa_kernel(SDPBackend.MATH), eager, sampling, _checkpoints():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _GridSample(TorchFunctionMode):
+    """Up to 2.14, `grid_sample` has no forward mode, up to 2.10 no second derivative: its decomposition has both."""
+
+    INTERPOLATION, PADDING = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.grid_sample:
+            return self._sample(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _sample(
+        self,
+        input: Tensor,
+        grid: Tensor,
+        mode: str = "bilinear",
+        padding_mode: str = "zeros",
+        align_corners: bool | None = None,
+    ) -> Tensor:
+        known = mode in self.INTERPOLATION and padding_mode in self.PADDING
+        if not known or input.ndim != 4 or input.dtype != grid.dtype:
+            return F.grid_sample(input, grid, mode, padding_mode, align_corners)
+        options = self.INTERPOLATION.index(mode), self.PADDING.index(padding_mode), bool(align_corners)
+        return torch._decomp.decompositions.grid_sampler_2d(input, grid, *options)
+
+
+@contextlib.contextmanager
+def _checkpoints() -> Iterator[None]:
+    """Up to 2.11, the function by which a checkpoint keeps its inputs has no forward mode and no rule for vmap."""
+    keeps = getattr(checkpoint, "_NoopSaveInputs", None)
+    if keeps is None:
+        yield
+        return
+
+    class Keeps(keeps):
+        @staticmethod
+        def jvp(ctx, *tangents):
+            return torch.zeros(0)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return torch.empty(0), None
+
+    checkpoint._NoopSaveInputs = Keeps
+    try:
+        yield
+    finally:
+        checkpoint._NoopSaveInputs = keeps
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fisherop.nodes import IMAGE, LINEAR, STATIC, NotLinear, compile_nodes, needed
 from fisherop.rewrite import lower, simplify
 from fisherop.sparse import is_sparse, parts
-from fisherop.tape import IMAGE, LINEAR, STATIC, NotLinear, Tape, compile_nodes, needed
+from fisherop.tape import Tape
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
@@ -283,3 +284,25 @@ def _gradients(output: Tensor, wrt: Tensor, weights: Tensor) -> Tensor:
     if len(weights) == 1:
         return torch.autograd.grad(output, wrt, weights[0], retain_graph=True)[0][None]
     return torch.autograd.grad(output, wrt, weights, retain_graph=True, is_grads_batched=True)[0]
+
+
+def advice(error: Exception) -> str:
+    """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
+    text = str(error)
+    if "jvp function" in text or "setup_context" in text:
+        return "; give the torch.autograd.Function a jvp beside its backward"
+    if "forward AD" in text or "forward-mode" in text.lower():
+        return "; write this step with operations that have a forward mode"
+    if isinstance(error, NotLinear):
+        return "; keep such steps to what doesn't depend on the image, or write them without"
+    return ""
+
+
+def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """J v at x, flat, by dual numbers."""
+    return forward_mode(respond, x, v)[1]
+
+
+def slope_by_backward(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """J v at x, flat, by differentiating the backward pass."""
+    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]

@@ -17,12 +17,20 @@ from torch import Tensor
 
 from fisherop.compat import attempt, prepare_recording
 from fisherop.draws import generators_kept
-from fisherop.engines import ENGINES, DoubleBackward, Functional, Traced, forward_mode
+from fisherop.engines import (
+    ENGINES,
+    DoubleBackward,
+    Functional,
+    Traced,
+    advice,
+    forward_mode,
+    slope,
+    slope_by_backward,
+)
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
 from fisherop.slopes import check_slope, norm
-from fisherop.tape import NotLinear
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
@@ -40,17 +48,17 @@ def linearize(
     image : Tensor, shape ``image_shape``
         One image of any shape, float32 or float64; a leading batch dimension of 1 is usual. It is copied.
     model : callable or nn.Module
-        Maps the image to its response: a tensor, or any nesting of tuples, lists and dicts of tensors, which is
-        flattened and concatenated in order. A module's parameters, buffers and gradients are not changed (but for
-        buffers that its first call sets up). It must not change while the linearization is in use.
+        Maps the image to its response: a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors,
+        which is flattened and concatenated in order; None is left out. What `torch.compile` wraps runs uncompiled. The
+        model is left as it is after one plain call: what that sets up is kept, as ordinary tensors. It must not change
+        while the linearization is in use.
     engine : {"auto", "traced", "functional", "double_backward"}
         How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
         on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
-        and dtype, until the module changes. ``"functional"``: J v in forward mode, at every product anew, Jᵀu by the
+        and dtype, until the module changes. ``"functional"``: J v by dual numbers, at every product anew, Jᵀu by the
         backward pass of one forward pass that is kept. ``"double_backward"``: both from that backward pass, which is
         differentiated once more; for models with operations that have no forward mode. ``"auto"``: the first of these
-        that can be built and is right. Recording costs 15 to 25 forward passes, ``"functional"`` 20 to 30 and about
-        three more at every product.
+        that can be built, is right, and leaves the model as it was.
     chunk_size : int, optional
         How many products go through the model at a time, at most. By default 64, and fewer where a tensor of a block
         would reach 32 MiB (``"traced"``), or all that it computes on its way 1 GiB (the other engines).
@@ -59,15 +67,17 @@ def linearize(
     -------
     Linearization
         Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, have
-        the same bits when repeated, and, where they are traced, agree with PyTorch's own derivatives.
+        the same bits when repeated, agree with PyTorch's own derivatives where they are traced, and with the slope of
+        the response.
 
     Raises
     ------
     TypeError
-        The image or the response is not a floating-point tensor of one dtype.
+        The image or the response is not a floating-point tensor of one dtype; a complex response needs
+        `torch.view_as_real`.
     ValueError
         The image holds more than one image, NaN or infinity; the model is in training mode, on another device,
-        not deterministic, not differentiable, or its derivatives are inconsistent.
+        not deterministic, not differentiable, or its derivatives are inconsistent, or not the slope of its response.
     RuntimeError
         The engine named, or each of those tried, can't be built or is wrong; the message quotes why.
     """
@@ -91,6 +101,9 @@ class Linearization:
         traced one holds. They are also logged at level INFO.
     chunk_size : int
         The number of vectors that pass through the model together.
+    mismatch : float
+        How far J v and Jᵀu are from those of one matrix, relative to them, where the model has steps in a lower
+        precision than the image's; else 0.
     n_jvp, n_vjp : int
         How many vectors were multiplied with J and with Jᵀ since construction.
     on_product : callable or None
@@ -171,7 +184,7 @@ class Linearization:
                     self._respond,
                     self.image,
                     *self._checked,
-                    _slope_by_backward if isinstance(self._engine, DoubleBackward) else _slope,
+                    slope_by_backward if isinstance(self._engine, DoubleBackward) else slope,
                     precision=self._precision,
                     detaches=seen.detaches,
                 )
@@ -194,7 +207,7 @@ class Linearization:
                 with attempt():
                     self._engine = engine = ENGINES[name](self._respond, self.image, self.response.flatten())
                     if isinstance(engine, Traced):
-                        reference = _slope(self._respond, self.image, v[0])
+                        reference = slope(self._respond, self.image, v[0])
                         self._check_engine(v, reference, chunk_size or engine.chunk_size)
                     else:
                         default = max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
@@ -204,7 +217,7 @@ class Linearization:
                         raise RuntimeError(f"it changes the model's {changed[0]}")
             except (RuntimeError, ValueError) as error:
                 guard.restore()
-                self._report(f"{name}: rejected, {str(error).splitlines()[0]}{_advice(error)}")
+                self._report(f"{name}: rejected, {str(error).splitlines()[0]}{advice(error)}")
                 if name != "traced" and isinstance(error, ValueError):
                     raise  # the model is at fault, not the engine
                 if name == names[-1]:
@@ -356,9 +369,10 @@ class Linearization:
         if reference is not None:
             self._check_close("J v", jv[0], reference, max(_tolerance(jv.dtype), self._precision**0.5))
         forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
-        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * max(norm(jv), norm(jtu))
+        size, coarse = max(norm(jv), norm(jtu)), self._precision > torch.finfo(jv.dtype).eps
+        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * size
+        self.mismatch = abs(forward - reverse) / size if coarse and size else 0.0
         if abs(forward - reverse) > allowed:
-            coarse = self._precision > torch.finfo(jv.dtype).eps
             raise ValueError(
                 f"the model's forward-mode and reverse-mode derivatives disagree: ⟨J v, u⟩ = {forward:.6e}, "
                 f"⟨v, Jᵀu⟩ = {reverse:.6e} (difference allowed: {allowed:.1e}"
@@ -370,26 +384,6 @@ class Linearization:
         if not torch.equal(jv, self.jvp(v)):
             raise ValueError("the model's derivative is not the same when it is asked for twice")
         self._checked = v[0], jv[0]
-
-
-def _advice(error: Exception) -> str:
-    """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
-    text = str(error)
-    if "jvp function" in text or "setup_context" in text:
-        return "; give the torch.autograd.Function a jvp beside its backward"
-    if "forward AD" in text or "forward-mode" in text.lower():
-        return "; write this step with operations that have a forward mode"
-    if isinstance(error, NotLinear):
-        return "; keep such steps to what doesn't depend on the image, or write them without"
-    return ""
-
-
-def _slope(respond: Response, x: Tensor, v: Tensor) -> Tensor:
-    return forward_mode(respond, x, v)[1]
-
-
-def _slope_by_backward(respond: Response, x: Tensor, v: Tensor) -> Tensor:
-    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherop.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, needed, replace
 from fisherop.places import put, put_slices, take, take_slices
-from fisherop.tape import IMAGE, LINEAR, STATIC, Node, NotLinear, Tape, needed, replace
+from fisherop.tape import Tape
 
 aten = torch.ops.aten
 _FEW_CHANNELS = 4  # up to so many, a matrix product and a sum over windows beat PyTorch's transposed convolution

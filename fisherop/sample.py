@@ -61,7 +61,9 @@ class Sample:
         return cls(start, x, y, j_x, j_y, size, comfortable_exponent(size, dtype))
 
     def noise(self, jacobian: Any, leading: NDArray, j_leading: NDArray, sigma_max: float) -> float:
-        """ε = ‖J(x + y) − J x − J y‖ / σ_max, the larger of that for x and for the leading vector in its place.
+        """ε = ‖J(x + y) − J x − J y‖ / σ_max, the largest of that for x and for the leading vector in its place.
+
+        At least the linearization's `mismatch` of J v and Jᵀu, which steps in lower precision leave.
 
         Parameters
         ----------
@@ -76,7 +78,8 @@ class Sample:
             return 0.0
         j_sums = [jacobian.matvec(z).astype(np.float64) for z in (self.x + self.y, *(leading.T + self.y))]
         j_x, j_y = (2.0**self.exponent * z for z in (self.j_x, self.j_y))
-        return float(np.linalg.norm(j_sums - np.vstack([j_x, j_leading.T]) - j_y, axis=1).max() / sigma_max)
+        errors = np.linalg.norm(j_sums - np.vstack([j_x, j_leading.T]) - j_y, axis=1)
+        return max(float(errors.max() / sigma_max), jacobian.linearization.mismatch)
 
 
 def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> tuple[float, float]:

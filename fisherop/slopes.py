@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.compat import attempt
 from fisherop.draws import DETACHING
+from fisherop.nodes import replace
 from fisherop.response import Response
-from fisherop.tape import replace, written
+from fisherop.tape import written
 
 _LOG = logging.getLogger(__name__)
 _WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
@@ -98,7 +100,8 @@ class _Detached(TorchFunctionMode):
         if func not in DETACHING:
             return out
         i, self._count = self._count, self._count + 1
-        if i in self._edited:
+        kept = self._kept.get(i)
+        if i in self._edited or not self._records and (kept is None or kept.shape != out.shape):
             return out
         if self._records:
             self._kept[i] = out.clone()
@@ -165,9 +168,10 @@ def check_slope(
     ValueError
         J v is not the slope.
     """
-    arithmetic = _arithmetic(respond, image, precision)
     scale = float(image.abs().max()) or 1.0
-    verdict, _ = _compare(image, v, jv, arithmetic._replace(steps=arithmetic.steps[:1]), scale, detaches)
+    arithmetic, ahead = _arithmetic(respond, image, v, precision, scale)
+    first = arithmetic._replace(steps=arithmetic.steps[:1])
+    verdict, _ = _compare(image, v, jv, first, scale, detaches, None if detaches else ahead)
     if verdict:
         return True
     x, v = (t.to(arithmetic.dtype) for t in (_beside(image, scale), v))
@@ -184,20 +188,23 @@ def check_slope(
     return verdict is True
 
 
-def _arithmetic(respond: Response, image: Tensor, precision: float) -> _Arithmetic:
-    """Float64, by promotion or by a copy of the model, or else the image's own dtype."""
+def _arithmetic(
+    respond: Response, image: Tensor, v: Tensor, precision: float, scale: float
+) -> tuple[_Arithmetic, Tensor | None]:
+    """Float64, by promotion or by a copy of the model, or else the image's own dtype; and the response a step ahead."""
     if image.dtype == torch.float64 and precision <= torch.finfo(torch.float64).eps:
-        return _Arithmetic(respond, torch.float64)
+        return _Arithmetic(respond, torch.float64), None
     for candidate in (lambda: _Arithmetic(respond, torch.float64, promotes=True), lambda: _copied(respond)):
         try:
             with attempt(), torch.no_grad():
                 arithmetic = candidate()
                 with _context(arithmetic):
-                    if torch.isfinite(arithmetic.respond(image.double())).all():
-                        return arithmetic
+                    ahead = arithmetic.respond(image.double() + arithmetic.steps[0] * scale * v.double())
+                if torch.isfinite(ahead).all():
+                    return arithmetic, ahead
         except Exception as error:  # whatever a model that knows its dtype raises
             _LOG.info("the model can't run in float64: %s", error)
-    return _Arithmetic(respond, image.dtype, False, (1e-2, 1e-3, 5e-2), 0.05, 0.3)
+    return _Arithmetic(respond, image.dtype, False, (1e-2, 1e-3, 5e-2), 0.05, 0.3), None
 
 
 def _copied(respond: Response) -> _Arithmetic:
@@ -206,10 +213,8 @@ def _copied(respond: Response) -> _Arithmetic:
     return _Arithmetic(Response(copy.deepcopy(respond.model).double(), sparse=respond.sparse), torch.float64)
 
 
-@contextlib.contextmanager
-def _context(arithmetic: _Arithmetic) -> Iterator[None]:
-    with Promoted() if arithmetic.promotes else contextlib.nullcontext():
-        yield
+def _context(arithmetic: _Arithmetic) -> contextlib.AbstractContextManager:
+    return Promoted() if arithmetic.promotes else contextlib.nullcontext()
 
 
 def _compare(
@@ -219,28 +224,37 @@ def _compare(
     arithmetic: _Arithmetic,
     scale: float,
     detaches: bool,
+    ahead: Tensor | None = None,
 ) -> tuple[bool | None, float]:
-    """Whether J v is the slope at x, None where no step decides; and the least error of the worst part."""
-    respond = arithmetic.respond
+    """Whether J v is the slope at x, None where no step decides; and the error of the worst part.
+
+    `ahead` is the response at the first step, where it is known.
+    """
+    respond, eps = arithmetic.respond, torch.finfo(arithmetic.dtype).eps
     x, v, jv = (t.to(arithmetic.dtype) for t in (x, v, jv))
     frozen = _Detached() if detaches else None
 
-    def at(step: float) -> list[Tensor]:
+    @functools.cache
+    def at(h: float) -> list[Tensor]:
         with torch.no_grad(), _context(arithmetic):
-            out = respond(x + step * v) if frozen is None else frozen.run(lambda: respond(x + step * v))
+            out = respond(x + h * v) if frozen is None else frozen.run(lambda: respond(x + h * v))
             return list(out.double().split(respond.sizes))
 
-    here = at(0.0)
-    parts = [_Part() for _ in here]
+    if frozen is not None:
+        at(0.0)  # where it records
+    parts = [_Part() for _ in respond.sizes]
     for step in arithmetic.steps:
         h = step * scale
-        rows = zip(parts, here, at(h), at(-h), jv.double().split(respond.sizes), strict=True)
-        for part, f, ahead, behind, slope in rows:
-            central, bend = (ahead - behind) / (2 * h), norm(ahead - 2 * f + behind) / (2 * h)
+        here = ahead if ahead is not None and step == arithmetic.steps[0] else None
+        plus = at(h) if here is None else list(here.double().split(respond.sizes))
+        for i, slope in enumerate(jv.double().split(respond.sizes)):
+            central = (plus[i] - at(-h)[i]) / (2 * h)
             size, error = max(norm(slope), norm(central)), norm(central - slope)
-            noise = 2 * bend + 8 * torch.finfo(arithmetic.dtype).eps * norm(f) / h
+            noise = 8 * eps * norm(plus[i]) / h
+            if error > arithmetic.tolerance * size + noise or noise > arithmetic.drowned * size:
+                noise += norm(plus[i] - 2 * at(0.0)[i] + at(-h)[i]) / h
             if error == 0 or noise <= arithmetic.drowned * size:
-                part.add(central, error, error / size if error else 0.0, arithmetic.tolerance * size + noise)
+                parts[i].add(central, error, error / size if error else 0.0, arithmetic.tolerance * size + noise)
         if all(part.agrees for part in parts):
             return True, 0.0
     wrong = [part.share for part in parts if part.disagrees]

@@ -12,18 +12,18 @@ import functools
 import gc
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisherop.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, key_of, leaves, level_of, replace, values
 from fisherop.places import Place, as_slices, put, put_slices, shared, take, take_slices
 from fisherop.sparse import parts
 
 aten = torch.ops.aten
-STATIC, IMAGE, LINEAR = range(3)
 _COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default, aten.positive.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
@@ -46,25 +46,6 @@ _BY_SHAPE = {  # operations that read of a tensor nothing but its shape
 _RESIZING = {aten.set_, aten.resize_, aten.resize_as_}
 _COMPARING = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
 _SMALL = 4096  # elements
-
-
-class NotLinear(RuntimeError):
-    """The operations recorded can't be replayed as a linear function."""
-
-
-class Node:
-    """One operation. `args` and `kwargs` hold nodes in the place of tensors; an input has the operation None."""
-
-    __slots__ = ("args", "index", "kwargs", "level", "op", "parents", "value")
-
-    def __init__(self, index: int, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> None:
-        self.index = index
-        self.op = op
-        self.args = args
-        self.kwargs = kwargs
-        self.level = level
-        self.value = value  # at the image of the recording
-        self.parents = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Node)]
 
 
 class Tape:
@@ -106,9 +87,9 @@ class Tape:
 
     def constant(self, op: Callable, *args: Any, **kwargs: Any) -> Node:
         """The node of an operation on constants, executed here."""
-        key = _key(op, args, kwargs)
+        key = key_of(op, args, kwargs)
         if key not in self._known:
-            value, level = op(*_values(args), **_values(kwargs)), _level((args, kwargs))
+            value, level = op(*values(args), **values(kwargs)), level_of((args, kwargs))
             if level == STATIC:
                 return self._known.setdefault(key, self.static(value))
             self._known[key] = self._node(op, args, kwargs, level, value)
@@ -116,7 +97,7 @@ class Tape:
 
     def linear(self, like: Any, op: Callable, *args: Any, **kwargs: Any) -> Node:
         """The node of an operation on the linear part, whose result has the shape and dtype of `like`."""
-        key = _key(op, args, kwargs)
+        key = key_of(op, args, kwargs)
         if key not in self._known:
             self._known[key] = self._node(op, args, kwargs, LINEAR, like)
         return self._known[key]
@@ -223,7 +204,7 @@ class Tape:
 
     def _made(self, value: Tensor, level: int, op: Callable, *args: Any) -> Node:
         """The node of an operation that was not executed, whose result is `value`."""
-        key = _key(op, args, {})
+        key = key_of(op, args, {})
         if key not in self._known:
             self._known[key] = self._node(op, args, {}, level, value.detach())
         return self._known[key]
@@ -254,8 +235,8 @@ class Tape:
 
     def append(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, out: Any) -> None:
         """Record an operation that was executed; `nodes` are those of its arguments, from before."""
-        level = _level(nodes)
-        tensors = [leaf for leaf in _leaves(out) if isinstance(leaf, Tensor)]
+        level = level_of(nodes)
+        tensors = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
         if torch.Tag.nondeterministic_seeded in op.tags:
             if level > STATIC:
                 raise NotLinear(f"{op} draws random numbers by values of the image")
@@ -305,7 +286,7 @@ class Tape:
                 self._remember(part, self._result(operator.getitem, ((node, i), {}), level, part, known=True))
 
     def _result(self, op: Callable, nodes: tuple, level: int, out: Any, known: bool = False) -> Node:
-        key = _key(op, *nodes)
+        key = key_of(op, *nodes)
         if key not in self._known:
             static = level == STATIC and isinstance(out, Tensor) and not known
             # of its own, since an operation in place may change the shape of `out`
@@ -324,7 +305,7 @@ class Tape:
         if level == STATIC:
             node = self.static(target.detach().clone())
         else:
-            same = all(t.dtype == target.dtype for t in _leaves((args, kwargs)) if isinstance(t, Tensor))
+            same = all(t.dtype == target.dtype for t in leaves((args, kwargs)) if isinstance(t, Tensor))
             node = self._result(_functional(op, where, same), nodes, level, target)
         if torch.Tag.inplace_view in op.tags:
             self._remember(target, node)
@@ -361,7 +342,7 @@ def _level_seen(op: Callable, args: tuple, nodes: tuple, level: int, tensors: li
     """The level of the values that Python sees, or that the shape of the result depends on; STATIC where of none."""
     if op is aten.index.Tensor:
         masks = (torch.bool, torch.uint8)
-        return _level([node for node, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in masks])
+        return level_of([node for node, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in masks])
     sees = torch.Tag.dynamic_output_shape in op.tags or (not tensors and torch.Tag.data_dependent_output in op.tags)
     return level if sees else STATIC
 
@@ -373,7 +354,7 @@ def written(op: Callable, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
         where = a.name if a.name in kwargs else i
         value = kwargs.get(a.name, args[i] if i < len(args) else None)
         if a.alias_info is not None and a.alias_info.is_write:
-            found |= {(where if len(_leaves(value)) == 1 else (where, j)): t for j, t in enumerate(_leaves(value))}
+            found |= {(where if len(leaves(value)) == 1 else (where, j)): t for j, t in enumerate(leaves(value))}
     return {where: t for where, t in found.items() if isinstance(t, Tensor)}
 
 
@@ -406,90 +387,3 @@ def _same_layout(x: Any, y: Tensor) -> bool:
     if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
         return False
     return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
-
-
-def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
-    """The nodes that the outputs are computed from, in order, of levels greater than `above`."""
-    found: dict[int, Node] = {}
-    stack = [node for node in outputs if node.level > above]
-    while stack:
-        node = stack.pop()
-        if node.index not in found:
-            found[node.index] = node
-            stack.extend(parent for parent in node.parents if parent.level > above)
-    return [found[index] for index in sorted(found)]
-
-
-def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
-    """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up."""
-    names = {node.index: f"i{n}" for n, node in enumerate(inputs)}
-    space: dict[str, Any] = {}
-    lines = []
-    last = {parent.index: n for n, node in enumerate(nodes) for parent in node.parents if parent.level > STATIC}
-    kept = {node.index for node in outputs} | set(names)
-
-    def spell(x: Any) -> str:
-        if isinstance(x, Node) and x.index in names:
-            return names[x.index]
-        if isinstance(x, Node):
-            x = x.value
-        if isinstance(x, list | tuple):
-            inner = "".join(spell(y) + ", " for y in x)
-            return f"[{inner}]" if isinstance(x, list) else f"({inner})"
-        if x is None or isinstance(x, bool | int | str) or (isinstance(x, float) and math.isfinite(x)):
-            return repr(x)
-        space[name := f"k{len(space)}"] = x
-        return name
-
-    for n, node in enumerate(nodes):
-        if node.index in names:
-            continue
-        space[op := f"k{len(space)}"] = node.op
-        names[node.index] = f"t{n}"
-        arguments = [spell(a) for a in node.args] + [f"{key}={spell(a)}" for key, a in node.kwargs.items()]
-        lines.append(f"t{n} = {op}({', '.join(arguments)})")
-        dead = sorted({names[p.index] for p in node.parents if last.get(p.index) == n and p.index not in kept})
-        if dead:
-            lines.append(f"del {', '.join(dead)}")
-    lines.append(f"return {spell(tuple(outputs))}")
-    source = f"def run({', '.join(names[node.index] for node in inputs)}):\n    " + "\n    ".join(lines)
-    exec(source, space)  # made of the names above alone
-    return space["run"]
-
-
-def _leaves(tree: Any) -> list:
-    if isinstance(tree, list | tuple):
-        return [leaf for part in tree for leaf in _leaves(part)]
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in _leaves(part)]
-    return [tree]
-
-
-def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
-    """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
-    if isinstance(tree, kind):
-        return new(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(replace(part, kind, new) for part in tree)
-    if isinstance(tree, dict):
-        return {key: replace(part, kind, new) for key, part in tree.items()}
-    return tree
-
-
-def _values(tree: Any) -> Any:
-    return replace(tree, Node, operator.attrgetter("value"))
-
-
-def _level(tree: Any) -> int:
-    return max((leaf.level for leaf in _leaves(tree) if isinstance(leaf, Node)), default=STATIC)
-
-
-def _key(op: Callable, args: Any, kwargs: dict) -> tuple:
-    def freeze(x: Any) -> Any:
-        if isinstance(x, Node):
-            return Node, x.index
-        if isinstance(x, list | tuple):
-            return tuple(map(freeze, x))
-        return type(x), repr(x) if isinstance(x, float) else x  # 0.0 == -0.0, and nan is never found
-
-    return op, freeze(args), tuple(sorted((key, freeze(x)) for key, x in kwargs.items()))

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from fisherop.compat import VERSION
+
 GREY, COLOUR = (1, 1, 16, 16), (1, 3, 8, 8)
+
+# What PyTorch's own torch.func.jvp can do by version
+READS_INTEGERS = VERSION >= (2, 10)  # .tolist() of a tensor that was made inside
+CHECKPOINTS_FORWARD = VERSION >= (2, 12)
+SAMPLES_FORWARD = VERSION >= (2, 15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Kind:
     writes: bool = False  # parameters by .data, in forward: a plain torch.func.jvp would crash PyTorch
     forward_mode: bool = True  # PyTorch's own dual numbers can do it
     double_backward: bool = True  # PyTorch can differentiate its backward pass
-    functorch: bool = True  # torch.func.jvp can do it where dual numbers can
+    functorch: bool = True  # torch.func.jvp can do it, without our help, where dual numbers can
     precision: torch.dtype = torch.float64  # of its coarsest step
     needs: str = ""  # a package
 
@@ -365,9 +372,9 @@ FIELD = {
     "gain control, filter cached": Kind(module(lambda: GainControl(True)), GREY, writes=True),
     "gain control, warm cache": Kind(warm, GREY, writes=True),
     "gain control, negative widths": Kind(module(lambda: GainControl(True, True)), GREY, writes=True),
-    "Laplacian pyramid": Kind(module(LaplacianPyramid), GREY),
-    "Laplacian pyramid, odd size": Kind(module(LaplacianPyramid), (1, 1, 13, 15)),
-    "normalized Laplacian pyramid": Kind(module(lambda: LaplacianPyramid(True)), GREY),
+    "Laplacian pyramid": Kind(module(LaplacianPyramid), GREY, functorch=READS_INTEGERS),
+    "Laplacian pyramid, odd size": Kind(module(LaplacianPyramid), (1, 1, 13, 15), functorch=READS_INTEGERS),
+    "normalized Laplacian pyramid": Kind(module(lambda: LaplacianPyramid(True)), GREY, functorch=READS_INTEGERS),
     "steerable pyramid": Kind(module(SteerablePyramid), GREY),
     "texture statistics": Kind(module(TextureStatistics), GREY),
     "texture statistics, complex64 inside": Kind(
@@ -561,8 +568,8 @@ ARCHITECTURES = {
     "hard sigmoid": Kind(net(nn.Hardsigmoid, lambda: nn.Conv2d(4, 3, 1), nn.Hardswish), double_backward=False),
     "weight norm": Kind(module(weighted)),
     "spectral norm": Kind(module(spectral)),
-    "grid sample": Kind(module(Sampler), engine="double_backward", forward_mode=False),
-    "grid sample, nearest": Kind(module(lambda: Sampler("nearest")), engine="double_backward", forward_mode=False),
+    "grid sample": Kind(module(Sampler), functorch=SAMPLES_FORWARD),
+    "grid sample, nearest": Kind(module(lambda: Sampler("nearest")), functorch=SAMPLES_FORWARD),
     "LSTM": Kind(  # float32's fused kernel has no forward mode
         module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True, bidirectional=True))),
         (1, 3, 4, 8),
@@ -721,7 +728,7 @@ OPERATIONS = {
     "constants of odd strides": Kind(function(odd_constants)),
     "sparse, COO": Kind(module(lambda: SparsePooling("COO")), forward_mode=False),
     "sparse, CSR": Kind(module(lambda: SparsePooling("CSR")), forward_mode=False),
-    "checkpoint": Kind(function(checkpointed)),
+    "checkpoint": Kind(function(checkpointed), functorch=CHECKPOINTS_FORWARD),
     "solve": Kind(function(looping)),
     "several": Kind(function(several)),
     "group norm in float32": Kind(

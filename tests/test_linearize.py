@@ -89,7 +89,7 @@ MODELS = {  # and the engine that "auto" is to find
     "no batching rule": (lambda: nn.Mish(), "traced"),
     "old custom function": (lambda: Exp.apply, "double_backward"),
     "checkpoint": (lambda: checkpointed, "traced"),
-    "no forward mode": (lambda: sampled, "double_backward"),
+    "grid sample": (lambda: sampled, "traced"),
     "compiled": (lambda: torch.compile(small_model(), backend="eager"), "traced"),
     "traced": (lambda: torch.jit.trace(nn.Softplus(), small_image()), "traced"),
 }
@@ -395,3 +395,16 @@ def test_bad_chunk_size(chunk_size):
 def test_bad_block(block, error, message):
     with pytest.raises(error, match=message):
         linearize(torch.ones(3), nn.Identity()).jvp(block)
+
+
+def low_precision_inside(x):
+    return nn.functional.group_norm(x.float() * 3, 2).to(x.dtype).tanh()
+
+
+def test_a_step_in_lower_precision_is_the_noise():
+    result = fisherop.Eigendistortion(small_image(), low_precision_inside).synthesize(rng=0, progress=False).result
+    assert 1e-9 < result.noise < 1e-6 and result.converged.all()
+    exact = lambda x: nn.functional.group_norm(x * 3, 2).tanh()  # noqa: E731
+    truth = fisherop.Eigendistortion(small_image(), exact).synthesize(rng=0, progress=False).result
+    assert truth.noise < 1e-14
+    np.testing.assert_allclose(result.eigenvalues[0], truth.eigenvalues[0], rtol=1e-5)

@@ -13,9 +13,18 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
+    "compat",
+    "places",
+    "nodes",
+    "sparse",
     "tape",
     "rewrite",
     "engines",
+    "draws",
+    "guard",
+    "response",
+    "slopes",
+    "pickles",
     "linearize",
     "jacobian",
     "sample",

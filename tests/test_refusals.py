@@ -333,8 +333,18 @@ def check_against_differences(lin, model) -> None:
 # Responses and models that can't be differentiated
 
 
-def cdist(x: Tensor) -> Tensor:
-    return torch.cdist(x[0, 0], x[0, 1])
+class Once(torch.autograd.Function):
+    """As PyTorch's own operations that have neither a forward mode nor a derivative of the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
 
 
 def reentrant(x: Tensor) -> Tensor:
@@ -347,7 +357,7 @@ REFUSED = {
     "only None": (lambda x: (None, [None]), (TypeError, ValueError), "tensor"),
     "text": (lambda x: (x, "label"), TypeError, "str"),
     "integers": (lambda x: (x, x.argmax()), TypeError, "int64"),
-    "no derivative of the backward pass, no forward mode": (cdist, RuntimeError, "cdist"),
+    "no derivative of the backward pass, no forward mode": (Once.apply, RuntimeError, "jvp function"),
     "reentrant checkpoint": (reentrant, (RuntimeError, ValueError), "use_reentrant=False"),
     "NaN in the derivative": (lambda x: (x - x.detach()).sqrt(), ValueError, "NaN or infinity"),
     "an error of the model's own": (lambda x: x.reshape(7, 7), RuntimeError, "shape"),
@@ -395,7 +405,7 @@ FAILING = {
     "edit": edited,
     "wrong backward": Wrong.apply,
     "quantile of a wrong rank": lambda x: torch.quantile(x, torch.ones(2, 2, dtype=x.dtype)),
-    "no forward mode, no double backward": cdist,
+    "no forward mode, no double backward": Once.apply,
 }
 
 

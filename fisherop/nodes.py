@@ -1,0 +1,116 @@
+"""Operations as nodes of a graph, and Python functions made of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+STATIC, IMAGE, LINEAR = range(3)
+
+
+class NotLinear(RuntimeError):
+    """The operations recorded can't be replayed as a linear function."""
+
+
+class Node:
+    """One operation. `args` and `kwargs` hold nodes in the place of tensors; an input has the operation None."""
+
+    __slots__ = ("args", "index", "kwargs", "level", "op", "parents", "value")
+
+    def __init__(self, index: int, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> None:
+        self.index = index
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs
+        self.level = level
+        self.value = value  # at the image of the recording
+        self.parents = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Node)]
+
+
+def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
+    """The nodes that the outputs are computed from, in order, of levels greater than `above`."""
+    found: dict[int, Node] = {}
+    stack = [node for node in outputs if node.level > above]
+    while stack:
+        node = stack.pop()
+        if node.index not in found:
+            found[node.index] = node
+            stack.extend(parent for parent in node.parents if parent.level > above)
+    return [found[index] for index in sorted(found)]
+
+
+def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
+    """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up."""
+    names = {node.index: f"i{n}" for n, node in enumerate(inputs)}
+    space: dict[str, Any] = {}
+    lines = []
+    last = {parent.index: n for n, node in enumerate(nodes) for parent in node.parents if parent.level > STATIC}
+    kept = {node.index for node in outputs} | set(names)
+
+    def spell(x: Any) -> str:
+        if isinstance(x, Node) and x.index in names:
+            return names[x.index]
+        if isinstance(x, Node):
+            x = x.value
+        if isinstance(x, list | tuple):
+            inner = "".join(spell(y) + ", " for y in x)
+            return f"[{inner}]" if isinstance(x, list) else f"({inner})"
+        if x is None or isinstance(x, bool | int | str) or (isinstance(x, float) and math.isfinite(x)):
+            return repr(x)
+        space[name := f"k{len(space)}"] = x
+        return name
+
+    for n, node in enumerate(nodes):
+        if node.index in names:
+            continue
+        space[op := f"k{len(space)}"] = node.op
+        names[node.index] = f"t{n}"
+        arguments = [spell(a) for a in node.args] + [f"{key}={spell(a)}" for key, a in node.kwargs.items()]
+        lines.append(f"t{n} = {op}({', '.join(arguments)})")
+        dead = sorted({names[p.index] for p in node.parents if last.get(p.index) == n and p.index not in kept})
+        if dead:
+            lines.append(f"del {', '.join(dead)}")
+    lines.append(f"return {spell(tuple(outputs))}")
+    source = f"def run({', '.join(names[node.index] for node in inputs)}):\n    " + "\n    ".join(lines)
+    exec(source, space)  # made of the names above alone
+    return space["run"]
+
+
+def leaves(tree: Any) -> list:
+    if isinstance(tree, list | tuple):
+        return [leaf for part in tree for leaf in leaves(part)]
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in leaves(part)]
+    return [tree]
+
+
+def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
+    if isinstance(tree, kind):
+        return new(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(replace(part, kind, new) for part in tree)
+    if isinstance(tree, dict):
+        return {key: replace(part, kind, new) for key, part in tree.items()}
+    return tree
+
+
+def values(tree: Any) -> Any:
+    return replace(tree, Node, operator.attrgetter("value"))
+
+
+def level_of(tree: Any) -> int:
+    return max((leaf.level for leaf in leaves(tree) if isinstance(leaf, Node)), default=STATIC)
+
+
+def key_of(op: Callable, args: Any, kwargs: dict) -> tuple:
+    def freeze(x: Any) -> Any:
+        if isinstance(x, Node):
+            return Node, x.index
+        if isinstance(x, list | tuple):
+            return tuple(map(freeze, x))
+        return type(x), repr(x) if isinstance(x, float) else x  # 0.0 == -0.0, and nan is never found
+
+    return op, freeze(args), tuple(sorted((key, freeze(x)) for key, x in kwargs.items()))
