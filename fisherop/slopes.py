@@ -101,7 +101,7 @@ class _Detached(TorchFunctionMode):
             return out
         i, self._count = self._count, self._count + 1
         kept = self._kept.get(i)
-        if i in self._edited or not self._records and (kept is None or kept.shape != out.shape):
+        if i in self._edited or (not self._records and (kept is None or kept.shape != out.shape)):
             return out
         if self._records:
             self._kept[i] = out.clone()

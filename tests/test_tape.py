@@ -91,7 +91,6 @@ WRITES = {
     "cumsum": lambda t, s, d, r: t.cumsum_(d),
     "scatter": lambda t, s, d, r: t.scatter_add_(d, torch.zeros(t.shape, dtype=torch.long), s.clone()),
     "index put": lambda t, s, d, r: t.index_put_((torch.tensor([0, 0]),), s[[0, -1]] * 0.5, accumulate=True),
-    "unsqueeze": lambda t, s, d, r: t.unsqueeze_(d),
     "transpose": lambda t, s, d, r: t.transpose_(0, d),
     "detached": lambda t, s, d, r: t.detach().mul_(1.25),
     "data": set_data,
