@@ -100,7 +100,8 @@ class _Detached(TorchFunctionMode):
         if func not in DETACHING:
             return out
         i, self._count = self._count, self._count + 1
-        if i in self._edited:
+        kept = self._kept.get(i)
+        if i in self._edited or (not self._records and (kept is None or kept.shape != out.shape)):
             return out
         if self._records:
             self._kept[i] = out.clone()
