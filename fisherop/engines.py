@@ -275,8 +275,9 @@ def with_graph(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tens
 
 def _products(respond: Callable, image: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The response, J v and Jᵀu, by operations that a tape can hold."""
-    response, jv = forward_mode(respond, image, v)
-    (jtu,) = torch.autograd.grad(*with_graph(respond, image), u)
+    with torch.autograd.set_detect_anomaly(False):  # which looks at every gradient
+        response, jv = forward_mode(respond, image, v)
+        (jtu,) = torch.autograd.grad(*with_graph(respond, image), u)
     return response, jv, jtu
 
 

@@ -19,11 +19,15 @@ from fisherop.sparse import parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.ndarray, type)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}
+_SMALL = 2**16  # elements
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 class Guard:
     """The state of a model, or of any callable, at one time.
+
+    What modules hold is put back. Elsewhere, in a dict that a hook fills or a global list, other threads may be at
+    work: there only tensors are put back, or taken out.
 
     It reaches what attributes, containers, hooks and closures of the model hold, and the globals that its functions
     name; not what objects of other libraries hold.
@@ -32,30 +36,31 @@ class Guard:
     ----------
     model : callable
     values : bool
-        Keep copies of all tensors, so that a change of their elements is found and undone. Without, only what was
-        replaced is.
+        Keep copies of the tensors that modules hold, and of small ones elsewhere, so that a change of their elements
+        is found and undone. Without, only what was replaced is.
     like : Guard, optional
         One with copies, of an earlier time; those that still hold are shared with it.
     """
 
     def __init__(self, model: Callable, *, values: bool = False, like: Guard | None = None) -> None:
         self._model = model
-        self._containers: list[tuple[Any, Any]] = []
+        self._containers: list[tuple[Any, Any, bool]] = []  # with a copy, and whether a module holds it
         self._tensors: dict[int, _Kept] = {}
         self._generators: list[tuple[Any, Any]] = []
         earlier = {} if like is None else like._tensors
         roots = {_root(model)}  # of the libraries whose objects belong to the model
         seen: dict[int, Any] = {}  # holds what it has seen, so that no id is used twice
-        stack: list[Any] = [model]
-        if isinstance(model, nn.Module):
-            stack += [*model.parameters(), *model.buffers()]  # those of a scripted module are in no attribute
+        stack: list[tuple[Any, bool]] = [(model, False)]
+        if isinstance(model, nn.Module):  # those of a scripted module are in no attribute
+            stack += [(tensor, True) for tensor in (*model.parameters(), *model.buffers())]
         while stack:
-            here = stack.pop()
+            here, own = stack.pop()
             if isinstance(here, _PLAIN) or id(here) in seen:
                 continue
             seen[id(here)] = here
             if isinstance(here, Tensor):
-                self._tensors[id(here)] = _Kept(here, values or like is not None, earlier.get(id(here)))
+                copies = (values or like is not None) and (own or here.numel() <= _SMALL)
+                self._tensors[id(here)] = _Kept(here, copies, earlier.get(id(here)))
             elif isinstance(here, _GENERATORS):
                 self._generators.append((here, _state(here)))
             else:
@@ -63,8 +68,9 @@ class Guard:
                     roots.add(_root(here))
                 content = _content(here)
                 if content is not None:
-                    self._containers.append((here, content))
-                stack.extend(_within(here, content, roots))
+                    self._containers.append((here, content, own))
+                own = isinstance(here, nn.Module) or (own and (content is not None or isinstance(here, tuple)))
+                stack.extend((part, own) for part in _within(here, content, roots))
 
     @property
     def holds_sparse(self) -> bool:
@@ -76,7 +82,7 @@ class Guard:
 
     def settle(self) -> None:
         """Make ordinary what has joined since: a tensor that a call left with a graph."""
-        for container, content in self._containers:
+        for container, content, _ in self._containers:
             for name, value in list(container.items()) if isinstance(container, dict) else ():
                 if isinstance(value, Tensor) and content.get(name) is not value and not value.is_leaf:
                     container[name] = value.detach()
@@ -85,8 +91,8 @@ class Guard:
         """Put everything back; return the names of parameters, buffers and other tensors whose elements had changed."""
         changed: list[str] = []
         with torch.inference_mode(False), torch.no_grad():
-            for container, content in self._containers:
-                for name, old, new in _refill(container, content):
+            for container, content, own in self._containers:
+                for name, old, new in _refill(container, content, own):
                     if isinstance(old, Tensor) and self._is_state(container) and not _equal(old, new):
                         changed.append(f"buffer {name!r}")
             changed += [self._name(kept.tensor) for kept in self._tensors.values() if kept.restore()]
@@ -200,12 +206,15 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _refill(container: Any, content: Any) -> list[tuple[Any, Any, Any]]:
-    """Give a container its content back; return what differed of a dict, as (name, old, new)."""
+def _refill(container: Any, content: Any, own: bool) -> list[tuple[Any, Any, Any]]:
+    """Give a container its content back, or, if no module holds it, its tensors.
+
+    Returns what differed of a dict, as (name, old, new).
+    """
     if isinstance(container, dict):
         absent = object()
         differ = [(name, content.get(name, absent), container.get(name, absent)) for name in {**content, **container}]
-        differ = [(name, old, new) for name, old, new in differ if old is not new]
+        differ = [row for row in differ if row[1] is not row[2] and (own or isinstance(row[2], Tensor))]
         for name, old, _ in differ:
             if old is absent:
                 del container[name]
@@ -216,10 +225,14 @@ def _refill(container: Any, content: Any) -> list[tuple[Any, Any, Any]]:
     if len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True)):
         return []
     if isinstance(container, types.CellType):
-        container.cell_contents = content[0] if content else None
-    else:
-        container.clear()
-        (container.update if isinstance(container, set) else container.extend)(content)
+        if content and (own or isinstance(now[0], Tensor)):
+            container.cell_contents = content[0]
+        return []
+    if not own:
+        before = set(map(id, content))
+        content = [value for value in now if not isinstance(value, Tensor) or id(value) in before]
+    container.clear()
+    (container.update if isinstance(container, set) else container.extend)(content)
     return []
 
 

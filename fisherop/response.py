@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fisherop.compat import differentiable
 from fisherop.draws import Watch, another_seed
@@ -198,6 +199,8 @@ def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
                 "response is random or depends on its history: call model.eval() first"
             )
     state = list(itertools.chain(model.parameters(), model.buffers()))
+    if any(map(is_lazy, state)):
+        raise ValueError("model has lazy parameters that are not made yet: call it once with an image first")
     if any(t.is_inference() for t in state):
         raise ValueError(
             "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "

@@ -183,7 +183,7 @@ def check_slope(
             f"PyTorch's derivative of the model is not the slope of its response: J v and the central difference of "
             f"the response differ by {error:.1e} of their norm; the usual causes are an operation or a custom autograd "
             "function without the right derivative, an activation changed through .data, and a factor taken out by "
-            ".item() or NumPy (use .detach() on what is meant to be constant)"
+            ".item() or NumPy (use .detach() on what is meant to be constant, as x + (x.round() - x).detach() does)"
         )
     return verdict is True
 
