@@ -47,6 +47,11 @@ class Draws(NamedTuple):
         return None
 
     @property
+    def none(self) -> bool:
+        """Whether nothing was drawn."""
+        return not self.operations and not any(self.elsewhere.values())
+
+    @property
     def from_outside(self) -> bool:
         """Whether a number comes from the state that the global generator had before the call."""
         return any(state == self.start for _, state in self.operations)

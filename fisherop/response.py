@@ -129,6 +129,10 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
         )
     _check_same(response, again.detach())
     source = next(iter(settled.drawn()), None) or draws.differ_from(draws_again)
+    if source is not None and draws_again.none and not settled.drawn():  # the first call may have made what is kept
+        with Watch() as third, torch.no_grad():
+            _check_same(response, respond(image))
+            source = draws_again.differ_from(third.draws())
     if source is None and draws.from_outside and draws_again.from_outside:  # or it seeds itself as PyTorch is seeded
         with another_seed(image.device), Watch() as third, torch.no_grad():
             respond(image)

@@ -169,8 +169,7 @@ def check_slope(
     """
     scale = float(image.abs().max()) or 1.0
     arithmetic, ahead = _arithmetic(respond, image, v, precision, scale)
-    own = max(1e-5, 3 * max(precision, torch.finfo(image.dtype).eps) ** 0.5)
-    first = arithmetic._replace(steps=arithmetic.steps[:1], tolerance=max(own, arithmetic.tolerance))
+    first = arithmetic._replace(steps=arithmetic.steps[:1])
     verdict, _ = _compare(image, v, jv, first, scale, detaches, None if detaches else ahead)
     if verdict:
         return True
@@ -260,7 +259,8 @@ def _compare(
     wrong = [part.share for part in parts if part.disagrees]
     if wrong:
         return False, max(wrong)
-    return (True if any(part.agrees for part in parts) else None), 0.0
+    doubted = any(part.doubted for part in parts)
+    return (True if any(part.agrees for part in parts) and not doubted else None), 0.0
 
 
 class _Part:
@@ -270,6 +270,11 @@ class _Part:
         self.agrees = self.disagrees = False
         self.share = 0.0
         self._against: list[tuple[Tensor, float]] = []
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a step speaks against J v and none for it."""
+        return bool(self._against) and not self.agrees
 
     def add(self, central: Tensor, error: float, share: float, allowed: float) -> None:
         """A difference speaks against J v where another step's is much the same."""

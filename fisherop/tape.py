@@ -247,7 +247,7 @@ class Tape:
         if seen == LINEAR:
             raise NotLinear(f"{op} reads values of the derivative")
         self.reads_image = self.reads_image or seen == IMAGE
-        if not tensors:
+        if not tensors and not op._schema.is_mutable:  # what works in place may return nothing
             return
         if op in _BY_SHAPE or op in _UNINITIALISED:
             if op in _UNINITIALISED or level == STATIC:
@@ -300,6 +300,8 @@ class Tape:
         if len(targets) != 1 or op.overloadpacket in _RESIZING:
             raise NotLinear(f"{op} works in place, in a way that can't be followed")
         ((where, target),) = targets.items()
+        if (args[where] if isinstance(where, int) else kwargs[where]) is not target:
+            raise NotLinear(f"{op} works in place on a list, which can't be followed")
         if level == STATIC:
             node = self.static(target.detach().clone())
         else:
