@@ -22,6 +22,7 @@ _MARKERS = {
     Status.UNCONVERGED: "x",
 }
 _DPI, _GAP, _PANEL = 100, 16, 260  # dots per inch; between panels and for a panel of usual size, in dots
+_HAIR = 1e-6  # of a dot: up to matplotlib 3.10, a size that rounding leaves just above whole dots takes one more
 
 
 class Panel(NamedTuple):
@@ -387,8 +388,8 @@ def draw(
         x, bottom = left, bottom - above - row_height - _GAP
         for panel, (w, h, _), column in zip(row, row_sizes, columns, strict=True):
             if panel is not None:
-                place = (x + (column - w) // 2) / width, bottom / height, w / width, h / height
-                _fill(figure.add_axes(place), panel)
+                edge, w, h = x + (column - w) // 2, w - _HAIR, h - _HAIR
+                _fill(figure.add_axes((edge / width, bottom / height, w / width, h / height)), panel)
             x += column + _GAP
     return figure
 
