@@ -386,6 +386,7 @@ def test_a_kill_while_saving_leaves_the_old_file(saved, where):
     linear().load(saved)
 
 
+@settings(deadline=None)
 @given(
     size=st.integers(1, 2000), difference=st.floats(1e-3, 1e3), seed=st.integers(0, 2**32 - 1), one=st.booleans()
 )  # fmt: skip

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -65,6 +65,7 @@ def test_bad_files(tmp_path):
         images.load_image(path)
 
 
+@settings(deadline=None)
 @given(
     have=st.tuples(st.integers(1, 9), st.integers(1, 9)), want=st.tuples(st.integers(0, 10), st.integers(0, 10)),
     square=st.booleans(),
