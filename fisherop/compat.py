@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,7 @@ def differentiable(*, recurrent: bool) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        eager = torch.compiler.set_stance("force_eager")
+        eager = _quiet(torch.compiler.set_stance("force_eager"))
     sampling = contextlib.nullcontext() if VERSION >= (2, 15) else _GridSample()
     try:
         torch._C._set_mkldnn_enabled(mkldnn and not recurrent)
@@ -48,6 +49,15 @@ def differentiable(*, recurrent: bool) -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _quiet(eager: contextlib.AbstractContextManager) -> Iterator[None]:
+    """2.12 warns that what was compiled with ``fullgraph=True`` isn't, though it has been told so."""
+    with eager, warnings.catch_warnings() if VERSION == (2, 12) else contextlib.nullcontext():
+        if VERSION == (2, 12):
+            warnings.filterwarnings("ignore", "torch.compile with fullgraph=True found no compiled frames")
+        yield
 
 
 class _GridSample(TorchFunctionMode):
