@@ -122,7 +122,13 @@ LIMITS = {1: [49.5, 149.6, 55, 99, 39.6, 786.5], 3: [215.6, 385, 138.6, 266.2, 1
 
 
 @pytest.mark.parametrize(("k", "max_basis"), [(1, None), (1, 100), (3, None)])
-@pytest.mark.parametrize(("name", "i"), [(name, i) for i, name in enumerate(SPECTRA)], ids=list(SPECTRA))
+@pytest.mark.parametrize(
+    ("name", "i"),
+    [
+        pytest.param(name, i, id=name, marks=[pytest.mark.slow] if name.startswith("vgg16") else [])
+        for i, name in enumerate(SPECTRA)
+    ],
+)
 def test_products_to_both_ends_of_real_spectra(name, i, k, max_basis):
     if k == 3 and "vgg" in name:
         pytest.skip("takes a minute: benchmarks/both_ends.py")
@@ -286,6 +292,7 @@ print((mebibytes("VmHWM") - before) / budget, details["restarts"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_stays_within_the_budget_and_a_fifth():
     # glibc before 2.38 can't use again the holes that aligned blocks leave; pages of their own leave none

@@ -83,7 +83,10 @@ def test_importing_loads_no_matplotlib(tmp_path):
 EXAMPLES = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name != "models.py"]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name == "berardino.py" else []) for p in EXAMPLES],
+)
 def test_examples(path, tmp_path):
     out = run([str(path)], tmp_path)
     announced = re.findall(r"[\w]+\.png", out)

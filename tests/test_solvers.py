@@ -79,7 +79,10 @@ ELSEWHERE_WRONG = {  # what has been seen of other tools, or of these by themsel
 
 
 @pytest.mark.parametrize("method", ["golub_kahan", "eigsh", "lobpcg", "svds"])
-@pytest.mark.parametrize("case", ELSEWHERE_WRONG)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if "large basis" in case else []) for case in ELSEWHERE_WRONG],
+)
 def test_right_or_raises_where_others_fail(case, method):
     sigma, k = ELSEWHERE_WRONG[case]()
     tensor = torch.as_tensor(sigma)
