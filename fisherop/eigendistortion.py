@@ -369,8 +369,9 @@ class Eigendistortion:
         return torch.tensor(array, device=self.image.device)
 
     def __reduce__(self) -> tuple:
-        file = "send a file in its place, by save(path) here and Eigendistortion.from_file(path, model) there"
-        check_picklable(self.model, "an Eigendistortion", file)
+        check_picklable(
+            self.model, "an Eigendistortion", "save(path) here, Eigendistortion.from_file(path, model) there"
+        )
         return self._parts()
 
     def _parts(self) -> tuple:

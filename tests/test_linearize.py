@@ -404,7 +404,7 @@ def low_precision_inside(x):
 def test_a_step_in_lower_precision_is_the_noise():
     result = fisherop.Eigendistortion(small_image(), low_precision_inside).synthesize(rng=0, progress=False).result
     assert 1e-9 < result.noise < 1e-6 and result.converged.all()
-    exact = lambda x: nn.functional.group_norm(x * 3, 2).tanh()  # noqa: E731
-    truth = fisherop.Eigendistortion(small_image(), exact).synthesize(rng=0, progress=False).result
+    exact = fisherop.Eigendistortion(small_image(), lambda x: nn.functional.group_norm(x * 3, 2).tanh())
+    truth = exact.synthesize(rng=0, progress=False).result
     assert truth.noise < 1e-14
     np.testing.assert_allclose(result.eigenvalues[0], truth.eigenvalues[0], rtol=1e-5)
