@@ -370,7 +370,7 @@ class Eigendistortion:
 
     def __reduce__(self) -> tuple:
         check_picklable(
-            self.model, "an Eigendistortion", "save(path) here, Eigendistortion.from_file(path, model) there"
+            self.model, "an Eigendistortion", "save(path), then Eigendistortion.from_file(path, model)"
         )
         return self._parts()
 

@@ -477,7 +477,7 @@ class HoldsALambda(nn.Module):
 @pytest.mark.parametrize(("model", "name"), [(lambda x: 2 * x, "<lambda>"), (HoldsALambda(), "HoldsALambda")])
 def test_models_that_cannot_be_pickled(model, name, monkeypatch):
     ed = Eigendistortion(torch.ones(1, 24).double(), model).synthesize("exact", k=1, progress=False)
-    advice = rf"the model .*{name} can't be pickled: .*<lambda>.*save\(path\) here, Eigendistortion\.from_file\(path"
+    advice = rf"the model .*{name} can't be pickled: .*<lambda>.*save\(path\), then Eigendistortion\.from_file\(path"
     for others in ({}, {"cloudpickle": types.SimpleNamespace(dumps=pickle.dumps)}):
         for module in others:
             monkeypatch.setitem(sys.modules, module, others[module])
