@@ -369,9 +369,7 @@ class Eigendistortion:
         return torch.tensor(array, device=self.image.device)
 
     def __reduce__(self) -> tuple:
-        check_picklable(
-            self.model, "an Eigendistortion", "save(path), then Eigendistortion.from_file(path, model)"
-        )
+        check_picklable(self.model, "an Eigendistortion", "save(path), then Eigendistortion.from_file(path, model)")
         return self._parts()
 
     def _parts(self) -> tuple:
