@@ -44,7 +44,7 @@ class Kind:
     smooth: bool = True  # at the image, so that central differences there tell J
     zeros: bool = False  # whether the image is zero in part
     writes: bool = False  # parameters by .data, in forward: a plain torch.func.jvp would crash PyTorch
-    forward_mode: bool = True  # PyTorch's own dual numbers can do it
+    forward_mode: bool = True  # dual numbers can do it, with our help
     double_backward: bool = True  # PyTorch can differentiate its backward pass
     functorch: bool = True  # torch.func.jvp can do it, without our help, where dual numbers can
     precision: torch.dtype = torch.float64  # of its coarsest step
@@ -726,8 +726,8 @@ OPERATIONS = {
     "filled in slices": Kind(function(filled)),
     "in place on views": Kind(function(views_in_place)),
     "constants of odd strides": Kind(function(odd_constants)),
-    "sparse, COO": Kind(module(lambda: SparsePooling("COO")), forward_mode=False),
-    "sparse, CSR": Kind(module(lambda: SparsePooling("CSR")), forward_mode=False),
+    "sparse, COO": Kind(module(lambda: SparsePooling("COO")), functorch=False),
+    "sparse, CSR": Kind(module(lambda: SparsePooling("CSR")), functorch=False),
     "checkpoint": Kind(function(checkpointed), functorch=CHECKPOINTS_FORWARD),
     "solve": Kind(function(looping)),
     "several": Kind(function(several)),
