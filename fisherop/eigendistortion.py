@@ -169,15 +169,13 @@ class Eigendistortion:
         RuntimeWarning
             What was found does not hold in the new arithmetic, as float32 distortions may not in float64.
         """
-        image = self.image.to(*args, **kwargs)
-        if image is self.image:
+        operator = self.operator.to(*args, **kwargs)
+        if operator is self.operator:
             return self
-        model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
-        operator = FisherOperator(image, model, **self._products)
         if self.jacobian is not None:
             operator.jacobian.to_dense()
         result = None if self.result is None else transfer(operator, self.result)
-        self.operator, self.model, self.result, self._state = operator, model, result, {}
+        self.operator, self.model, self.result, self._state = operator, operator.linearization.model, result, {}
         return self
 
     def compute_jacobian(self, *, progress: bool = True) -> Tensor:

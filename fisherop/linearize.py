@@ -120,7 +120,7 @@ class Linearization:
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         check_model(image, model)
         self.model = model
-        self._options = {"engine": engine, "chunk_size": chunk_size}
+        self.options = {"engine": engine, "chunk_size": chunk_size}
         self.on_product: Callable[[float], None] | None = None
         prepare_recording()
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), generators_kept(image.device):
@@ -136,13 +136,13 @@ class Linearization:
 
     def __reduce__(self) -> tuple:
         check_picklable(self.model, "a linearization", "send what it is built from, and linearize there")
-        return functools.partial(type(self), **self._options), (self.image, self.model)
+        return functools.partial(type(self), **self.options), (self.image, self.model)
 
     def __copy__(self) -> Linearization:  # a model that can't be pickled may be copied all the same
-        return type(self)(self.image, self.model, **self._options)
+        return type(self)(self.image, self.model, **self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
-        return type(self)(self.image, copy.deepcopy(self.model, memo), **self._options)
+        return type(self)(self.image, copy.deepcopy(self.model, memo), **self.options)
 
     def _resume(self, chunk_size: int | None) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherop.linearize import Linearization, linearize
 
@@ -59,6 +60,36 @@ class _ModelOperator(LinearOperator):
     def n_products(self) -> float:
         """Products done so far (one is one J v plus one Jᵀu), of every operator on the same linearization."""
         return self.linearization.n_products
+
+    def to(self, *args: Any, **kwargs: Any) -> _ModelOperator:
+        """The operator of the same model at the same image on another device, or in another precision.
+
+        A module is copied, then moved; any other model has to take the new image as it is.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            A device, a dtype (float32 or float64), or both, as `torch.Tensor.to` takes them.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`.
+        """
+        lin = self.linearization
+        image, model = lin.image.to(*args, **kwargs), lin.model
+        if image is lin.image:
+            return self
+        if isinstance(model, nn.Module):
+            return type(self)(image, copy.deepcopy(model).to(*args, **kwargs), **lin.options)
+        try:
+            return type(self)(image, model, **lin.options)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the model is no nn.Module, which could be copied and moved, and fails for an image of {image.dtype} "
+                f"on {image.device}: make an operator of image.to(...) and of a model that takes it, which against= "
+                f"takes, too. {error}"
+            ) from error
 
     def in_float64(self, scale: float = 1.0) -> LinearOperator:
         """This operator / `scale` for a solver that works in float64, around the model's products in their own dtype.

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fisherop.jacobian import scaled
@@ -64,7 +65,8 @@ class EigenResult:
         N and M.
     lambda_max_bounds, lambda_min_bounds : (float, float)
         Intervals for the extreme eigenvalues of F. The inner bounds are Rayleigh quotients; the outer ones come from
-        the solver's own theory, or are 0, since F is positive semidefinite, and infinity. λ_min = 0 where M < N. Both
+        the solver's own theory, or are 0, since F is positive semidefinite, and infinity. Each is wider by the rounding
+        of products: see "What a certificate means" in docs/design.md. λ_min = 0 where M < N. Both
         intervals are (0, 0) where J is zero, so that every vector is both extremes.
     noise : float
         Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
@@ -138,12 +140,22 @@ class ConvergenceError(RuntimeError):
 
 
 class SolverStopped(RuntimeError):
-    """Raised by a solver that can't go on; carries what it has, columns (N, k') by descending eigenvalue."""
+    """Raised by a solver that can't go on; carries what it has, columns (N, k') by descending eigenvalue.
+
+    `by_rounding` says that more iterations would not help.
+    """
 
     def __init__(
-        self, message: str, largest: NDArray, smallest: NDArray, details: Mapping[str, Any] | None = None
+        self,
+        message: str,
+        largest: NDArray,
+        smallest: NDArray,
+        details: Mapping[str, Any] | None = None,
+        *,
+        by_rounding: bool = False,
     ) -> None:
         super().__init__(message, largest, smallest, details)
+        self.by_rounding = by_rounding
         self.largest = largest
         self.smallest = smallest
         self.details = dict(details or {})
@@ -164,11 +176,16 @@ def certify(
     ground: str | None = None,
     details: Mapping[str, Any] | None = None,
     sample: Sample | None = None,
+    against: Any = None,
 ) -> EigenResult:
     """Certify that vectors are the eigenvectors of F they are said to be, by fresh products and nothing else.
 
     Costs 1 product a vector, 2 for the noise, and `probe` to look for directions beyond those found. Where F would
     leave the range of the dtype, the products are those of J times a power of two, and what is found is scaled back.
+
+    J is the Jacobian of the program that runs, in its own arithmetic. Where that program's constants are inexact, as
+    the slope of a sigmoid near saturation is in float32, J is exact for them, and `noise` doesn't show that they are:
+    `against` judges the same vectors by the products of a more precise program.
 
     Parameters
     ----------
@@ -190,6 +207,9 @@ def certify(
         Are kept in the result.
     sample : Sample, optional
         Of the operator, where there is one already; else it is drawn by `rng`.
+    against : torch.dtype or FisherOperator, optional
+        Whose products judge the vectors: of the model in ``torch.float64``, for which a module is copied and linearized
+        once more, or of an operator of your own. Outer bounds in `details` are not taken over.
 
     Returns
     -------
@@ -214,13 +234,20 @@ def certify(
     check_tol(tol)
     if not isinstance(probe, int | np.integer) or probe < 0:
         raise ValueError(f"probe must be an integer from 0, got {probe!r}")
+    details = dict(details or {})
+    v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
+    eps = float(np.finfo(v.dtype).eps)
+    if against is not None:
+        operator, sample = _judge(operator, against), None
+        ground = ground and f"{ground}, in {v.dtype}"
+        details = {name: x for name, x in details.items() if name not in ("lambda_max_upper", "lambda_min_lower")}
+        details["against"] = f"judged by products in {operator.dtype}"
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
     index = _check_index(eigenindex, n)
     if v.shape != (n, len(index)):
         raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
-    norms = _check_orthonormal(v, np.finfo(operator.dtype).eps)
+    norms = _check_orthonormal(v, eps)
 
     sample = sample or Sample.of(operator, spawned(rng))
     operator = scaled(operator, sample.exponent)
@@ -236,8 +263,9 @@ def certify(
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
     scale = max(values.max(initial=0.0), high * (1 - noise))
-    eps = float(np.finfo(operator.dtype).eps)
-    rounding = 1000 * eps * values.max(initial=0.0) + 100 * max(noise, eps) ** 2 * scale
+    margin = max(noise, eps)  # a sample may show less, by chance
+    largest, error = values.max(initial=0.0) ** 0.5, margin * scale**0.5
+    rounding = 1000 * eps * largest**2 + 100 * ((largest + error) ** 2 - largest**2)  # of ‖J v‖², from that of J v
     order = _check_order(unit * values, unit * rounding)
     v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
@@ -247,13 +275,12 @@ def certify(
         ground = "all N pairs are here" if len(index) == n else "not examined"
     elif ground is None:
         ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
-    details = dict(details or {})
-    highest = details.pop("lambda_max_upper", np.inf) / unit + 2 * noise * scale
-    lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * noise * scale
+    highest = details.pop("lambda_max_upper", np.inf) / unit + 2 * margin * scale
+    lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * margin * scale
     if sample.size == scale == 0:
         ground, highest = "J is zero at this image, so that every vector is both extremes", 0.0
         warn(f"{ground}, and those returned are arbitrary: a metric at its reference has such a J, and a head of zeros")
-    least = 0.0 if m < n else min((values.min(initial=np.inf) ** 0.5 + noise * scale**0.5) ** 2, low + noise * scale)
+    least = min((values.min(initial=np.inf) ** 0.5 + error) ** 2, low + 2 * margin * scale) if m >= n else 0.0
     return EigenResult(
         eigenvalues=unit * values,
         eigenvectors=v,
@@ -265,12 +292,24 @@ def certify(
         n_products=operator.n_products - before,
         image_size=n,
         response_size=m,
-        lambda_max_bounds=(unit * scale, unit * max(scale, highest)),
+        lambda_max_bounds=(unit * scale * max(0.0, 1 - margin) ** 2, unit * max(scale, highest)),
         lambda_min_bounds=(unit * min(max(lowest, 0.0), least), unit * least),
         noise=noise,
         ground=ground,
         details=details,
     )
+
+
+def _judge(operator: Any, against: Any) -> Any:
+    """The Fisher operator that judges in the place of another."""
+    if isinstance(against, torch.dtype):
+        return operator.to(against)
+    judge = getattr(against, "fisher", against)
+    if not hasattr(judge, "jacobian"):
+        raise TypeError(f"against must be a dtype, as torch.float64, or a FisherOperator, got {against!r}")
+    if judge.shape != operator.shape:
+        raise ValueError(f"against must be an operator of shape {operator.shape}, as the one it judges; got {judge!r}")
+    return judge
 
 
 def check_tol(tol: float) -> None:

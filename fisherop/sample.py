@@ -95,21 +95,21 @@ def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> 
         return w
 
     n = operator.shape[0]
-    eps = np.finfo(operator.dtype).eps
+    eps = np.finfo(np.float64).eps
     basis = np.empty((n, steps), operator.dtype)
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     w = orthogonalize(start, 0)
-    length = np.linalg.norm(w)
     for j in range(steps):
-        basis[:, j] = w / length
+        basis[:, j] = w / np.linalg.norm(w)
         image = (operator @ basis[:, j]).astype(np.float64)
         diagonal.append(float(basis[:, j] @ image))
         w = orthogonalize(image, j + 1)
         length = np.linalg.norm(w)
-        if length <= 10 * eps * np.linalg.norm(image):
-            break  # the Krylov space is exhausted
-        off_diagonal.append(float(length))
+        if length <= eps * np.linalg.norm(image):
+            break  # the Krylov space is exhausted; what is only rounding in float32 may still hold a direction beyond
+        w = orthogonalize(w / length, j + 1)
+        off_diagonal.append(float(w @ image / np.linalg.norm(w)))
     if not diagonal:
         return np.inf, 0.0
     off = off_diagonal[: len(diagonal) - 1]

@@ -590,3 +590,60 @@ def test_too_few_steps():
 def test_auto(n, k, method):
     result = eigenpairs(diagonal(np.linspace(2, 1, n)), k, rng=0, progress=False)
     assert result.method == method and result.details["method"].startswith(f"{method}, since min(M, N) = {n}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_eigenvalue_that_hides_in_rounding(dtype):
+    """One eigenvalue 5 tol beyond or below a flat spectrum: what shows it is shorter than rounding in float32."""
+    wrong, n, tol = 0, 400, 1e-6
+    for seed in range(30):
+        scale = torch.ones(n, dtype=torch.float64)
+        scale[0] += (-1) ** seed * 2.5 * tol
+        scale = scale.to(dtype)
+        truth = np.sort(scale.double().numpy() ** 2)[::-1]
+        F = FisherOperator(torch.zeros(n, dtype=dtype), lambda x, s=scale: s * x)
+        result = eigenpairs(F, 1, method="golub_kahan", tol=tol, rng=seed, progress=False)
+        off = np.abs(result.eigenvalues - truth[result.eigenindex])
+        wrong += bool((off > 2 * 2**0.5 * tol).any())
+        assert result.lambda_min_bounds[0] <= truth[-1] and truth[0] <= result.lambda_max_bounds[1]
+        assert result.n_products < 60
+    assert wrong == 0
+
+
+def test_a_tolerance_far_below_rounding_claims_no_index():
+    scale = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 1e-7 + 1
+    F = FisherOperator(torch.zeros(500), lambda x: scale * x)
+    with pytest.raises(ConvergenceError, match="rounding") as caught:
+        eigenpairs(F, 1, method="golub_kahan", tol=1e-8, rng=0, progress=False)
+    assert "allow more iterations" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("family", ["flat", "clustered", "spread"])
+def test_the_chance_under_rounding(family, dtype):
+    """As often as promised, in each arithmetic: a missed eigenvalue of a chance below δ = 0.1 is as rare as δ.
+
+    A Krylov space of few steps, as the solver makes it, from one or several random vectors; eigenvalues are within some
+    tens of the rounding of float32.
+    """
+    rng = np.random.default_rng(5)
+    eps, n, delta, missed = float(np.finfo(np.float32).eps), 300, 0.1, []
+    for _ in range(400):
+        gap = eps * 10 ** rng.uniform(0.3, 2)
+        values = {"flat": np.ones(n), "clustered": 1 - gap * rng.random(n), "spread": rng.random(n)}[family]
+        values[0] = values.max() + gap
+        sigma = np.sqrt(values).astype(dtype)
+        lin = diagonal(sigma).linearization
+        space = _Space(lin, lin.image.new_empty(0, n), lin.image.new_empty(40, n), 1.0)
+        space.append(space.tensor(rng.standard_normal((int(rng.integers(1, 4)), n))))
+        for _ in range(int(rng.integers(1, 8))):
+            space.expand()
+            if len(space.w) == 0:  # exact products of a flat spectrum
+                space.append(space.tensor(rng.standard_normal((1, n))))
+        theta, residuals, y = space.ritz()
+        truth = float(sigma[0].astype(float) ** 2)
+        if theta[-1] < truth - 1e-3 * gap:
+            missed.append(chance_of_missing(truth, theta, residuals, space.start @ y, n, space.noise))
+    share = np.mean(np.array(missed) <= delta)
+    assert len(missed) > 50 and share <= delta + 3 * (delta * (1 - delta) / len(missed)) ** 0.5

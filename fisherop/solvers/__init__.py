@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -55,6 +56,7 @@ def eigenpairs(
     progress: bool = True,
     on_failure: str = "raise",
     state: dict[str, Any] | None = None,
+    against: torch.dtype | FisherOperator | None = None,
     **options: Any,
 ) -> EigenResult:
     """The k most and the k least noticeable directions of an image: extreme eigenpairs of F, certified.
@@ -90,6 +92,9 @@ def eigenpairs(
         For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
         Where the last result holds all that is asked for, to `tol` or a smaller one, and there are no options, nothing
         is searched; else the search goes on.
+    against : torch.dtype or FisherOperator, optional
+        Whose products judge what was found, as in `certify`: with ``torch.float64``, those of a copy of the model in
+        that precision, one linearization and as many products as there are pairs.
     **options
         The solver's own; see there.
 
@@ -121,7 +126,7 @@ def eigenpairs(
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = spawned(rng)
     keeps = state is not None and solver is golub_kahan
-    if keeps and not options:
+    if keeps and not options and against is None:
         found = _recall(operator, state, k, which, tol)
         if found is not None:
             state["result"] = found
@@ -172,8 +177,10 @@ def eigenpairs(
             ground=ground,
             details=why | details,
             sample=sample,
+            against=against,
         )
-    result = dataclasses.replace(result, n_products=operator.n_products - before + earlier)
+    judging = 0.0 if against is None else result.n_products
+    result = dataclasses.replace(result, n_products=operator.n_products - before + earlier + judging)
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
     if stopped is not None or not result.converged.all():
@@ -351,6 +358,8 @@ def progress_bar(operator: FisherOperator, name: str, total: float | None, shown
 
 def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:
     scale = result.lambda_max_bounds[0]
+    is_double = result.eigenvectors.dtype == np.float64
+    noise = max(result.noise, float(np.finfo(result.eigenvectors.dtype).eps))
     parts = [f"method {result.method!r} did not reach tol={result.tol:.1g} in {result.n_products:g} products"]
     if stopped is not None:
         parts.append(str(stopped).rstrip("."))
@@ -365,13 +374,14 @@ def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool
             "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
             "method='golub_kahan' or 'exact'"
         )
-    elif (
-        result.noise > result.tol / 4 and (result.residual_norms[~result.converged] <= 10 * result.noise * scale).any()
-    ):
+    elif "against" in result.details and stopped is None and Status.UNCONVERGED in result.status:
         advice = (
-            f"rounding alone gives residuals of {result.noise:.1e} λ_max; use a float64 image and model, or a "
-            "larger tol"
+            "they may hold for the program in its own precision, whose constants are inexact (certify without against "
+            "tells); use a float64 image and model"
         )
+    elif _is_limited_by_rounding(result, stopped, noise):
+        advice = f"rounding alone gives residuals of {noise:.1e} λ_max; "
+        advice += "use a larger tol" if is_double else "use a float64 image and model, or a larger tol"
         advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
     else:
         other = "another method" if result.method == "golub_kahan" else "method='golub_kahan'"
@@ -380,3 +390,13 @@ def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool
         advice += "; what was found is in the error's .result, or returned with on_failure='warn'"
     parts.append(advice)
     return ".\n".join(parts)
+
+
+def _is_limited_by_rounding(result: EigenResult, stopped: SolverStopped | None, noise: float) -> bool:
+    """Whether more iterations can't help: residuals are at the noise, or the solver takes for converged what isn't."""
+    if stopped is not None and stopped.by_rounding:
+        return True
+    if result.method == "golub_kahan" and stopped is None and Status.UNCONVERGED in result.status:
+        return True
+    residuals = result.residual_norms[~result.converged]
+    return noise > result.tol / 4 and bool((residuals <= 10 * noise * result.lambda_max_bounds[0]).any())

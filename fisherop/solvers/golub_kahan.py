@@ -21,6 +21,8 @@ _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at w
 _CHEAP, _SMALL = 30, 1000  # up to so many vectors, or for N up to that, it may not end before that chance is below δ
 _RANDOM_PART = 0.1  # of a start from v0
 _PIECE = 2**12  # columns in one sum
+_EPS64 = float(np.finfo(np.float64).eps)
+_FRESH = 30  # random vectors that may join against rounding
 _SLAB = 2**16  # columns that go through temporary memory at a time
 
 
@@ -162,18 +164,21 @@ def _columns(array: Any, name: str, n: int) -> NDArray[np.float64]:
     return array
 
 
-def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArray, n: int) -> float:
+def chance_of_missing(
+    x: float, theta: NDArray, residuals: NDArray, start: NDArray, n: int, noise: float = 0.0
+) -> float:
     """A bound on the probability that F has an eigenvalue x, beyond all Ritz values, that a Krylov space doesn't show.
 
-    Let F V = V T + W C, and h the unit eigenvector. Then hᵀ(F V − x V) = 0 gives ``(T − x) Vᵀh = −Cᵀ Wᵀh``, so that the
-    share of h in the p random orthonormal vectors V S that the space began with, ``SᵀVᵀh``, has a norm of at most
-    ``q = ‖C (T − x)⁻¹ S‖₂``. For random vectors in n dimensions, n times its square is nearly χ² with p degrees of
-    freedom. For p = 1 this is the bound by Lanczos polynomials of J. L. M. van Dorsselaer, M. E. Hochstenbach and H. A.
-    van der Vorst, Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method,
-    SIAM J. Matrix Anal. Appl. 22 (2001). It takes the polynomial of this run; that of J. Kuczyński and H. Woźniakowski,
-    Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start, SIAM J. Matrix Anal.
-    Appl. 13 (1992), holds for any spectrum and is wider. q falls as x goes outwards: what holds for x holds for
-    anything beyond.
+    Let F V = V T + W C + E, E the rounding of products, and h the unit eigenvector. Then hᵀ(F V − x V) = 0 gives ``(T
+    − x) Vᵀh = −Cᵀ Wᵀh − Eᵀh``, so that the share of h in p random unit vectors V S within the space, ``SᵀVᵀh``, has a
+    norm of at most ``q = ‖C (T − x)⁻¹ S‖₂ + noise · ‖(T − x)⁻¹ S‖₂``, where ``|hᵀE y| ≤ noise · ‖y‖``: see "Bounds
+    under rounding" in docs/design.md. For random vectors in n dimensions, n times the square of that share is nearly
+    χ² with p degrees of freedom. For p = 1 this is the bound by Lanczos polynomials of J. L. M. van Dorsselaer, M. E.
+    Hochstenbach and H. A. van der Vorst, Computing probabilistic bounds for extreme eigenvalues of symmetric matrices
+    with the Lanczos method, SIAM J. Matrix Anal. Appl. 22 (2001). It takes the polynomial of this run; that of J.
+    Kuczyński and H. Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
+    start, SIAM J. Matrix Anal. Appl. 13 (1992), holds for any spectrum and is wider. q falls as x goes outwards: what
+    holds for x holds for anything beyond.
 
     Parameters
     ----------
@@ -185,9 +190,15 @@ def chance_of_missing(x: float, theta: NDArray, residuals: NDArray, start: NDArr
     start : ndarray, shape (p, m)
         Sᵀ times the eigenvectors of T.
     n : int
+    noise : float
+        Of the rounding of a product, the part along one unit vector, in the units of `theta`.
     """
     p = len(start)
-    q = np.linalg.norm((residuals / (theta - x)) @ start.T, 2) if residuals.any() else 0.0
+    q = 0.0
+    if residuals.any():
+        q += np.linalg.norm((residuals / (theta - x)) @ start.T, 2)
+    if noise > 0:
+        q += noise * np.linalg.norm(start / (theta - x), 2)
     if q == 0:
         return 0.0
     return math.exp(min(0.0, p / 2 * math.log(n * q**2 / 2) - math.lgamma(p / 2 + 1)))
@@ -219,6 +230,7 @@ class _Space:
         self.rows = rows  # memory for fixed and V
         self._block = fixed[:0]
         self.scale = scale
+        self.noise = 0.0  # of F v, the part along one unit vector, in units of T
         self.begin(fixed)
 
     def begin(self, *fixed: Tensor) -> None:
@@ -231,6 +243,7 @@ class _Space:
         self.capacity = min(len(self.rows) - self.n_fixed, self.n)
         self.w = self._block[:0]
         self.t, self.c = np.empty((0, 0)), np.empty((0, 0))
+        self.shares = np.empty((0, 0))  # the random vectors that joined, (p, m + b): in coordinates of V and W
         self.is_restarted = False
         self.is_whole = True  # an interrupt came not in the midst of a change
 
@@ -261,8 +274,9 @@ class _Space:
             self._block = torch.empty_like(w)
         self.w = self._block[: len(w)].copy_(w)
 
-    def append(self, block: Tensor) -> None:
-        """Let vectors (p, N) join the next block; F V has no part in them."""
+    def append(self, block: Tensor, random_part: float = 1.0) -> None:
+        """Let vectors (p, N) join the next block, of which so large a part is random; F V has no part in them."""
+        unit = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
         new = block / torch.linalg.vector_norm(block, dim=1).max()
         for _ in range(2):
             _project(new, self.rows[: self.n_fixed + self.m])
@@ -271,7 +285,19 @@ class _Space:
         self.is_whole = False
         self._keep(torch.cat([self.w, new])[: self.n - self.m])
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
+        if random_part > 0 and not self.is_restarted:
+            shares = np.hstack([_inner(unit, self.v), _inner(unit, self.w)]) / random_part
+            self.shares = np.vstack([self._shares(self.m + len(self.w)), shares])
         self.is_whole = True
+
+    def _shares(self, length: int) -> NDArray[np.float64]:
+        return np.pad(self.shares, ((0, 0), (0, length - self.shares.shape[1])))
+
+    @property
+    def start(self) -> NDArray[np.float64]:
+        """The random unit vectors that V holds, in its coordinates (p, m); none after a restart."""
+        shares = self._shares(self.m + len(self.w))
+        return shares[~shares[:, self.m :].any(axis=1), : self.m]
 
     def expand(self) -> None:
         """W becomes part of V; what F makes of it, beyond V, becomes W."""
@@ -283,13 +309,19 @@ class _Space:
         fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
         basis = self.rows[: self.n_fixed + m + b]
         basis[self.n_fixed + m :] = w
+        overlaps = []
         for _ in range(3):  # reorthogonalisation
             before = torch.linalg.vector_norm(fw, dim=1)
-            _project(fw, basis)
+            overlaps.append(_project(fw, basis))
             if bool((torch.linalg.vector_norm(fw, dim=1) > 0.5 * before).all()):
                 break
         t = np.block([[self.t, self.c.T], [self.c, h]])
-        w, r = _orthonormalise_beside(fw, basis, floor=self.eps * np.abs(t).max())
+        size = np.abs(t).max()
+        # F W has no part in what it isn't linked to, so that the first overlaps there are rounding
+        rounding = overlaps[0][:, self.n_fixed : self.n_fixed + linked.start].abs().max() if linked.start else 0.0
+        self.noise = max(self.noise, float(rounding), 4 * self.eps / self.n**0.5 * size)
+        # also what is rounding in float32 stays: a direction that is dropped may hold what is beyond the Ritz values
+        w, r = _orthonormalise_beside(fw, basis, floor=_EPS64 * size)
         w, r = w[: self.n - m - b], r[: self.n - m - b]
         self.is_whole = False
         self.t, self.c = t, np.hstack([np.zeros((len(r), m)), r])
@@ -350,7 +382,7 @@ class _Search:
         self.random: Tensor | None = None  # the random start, if there was one
         self.bounds: tuple[float, float] | None = None  # of all eigenvalues, with probability 1 − 2 δ
         self.starts = 1  # how many vectors of an eigenspace the main space can have seen
-        self.accepted, self.inflation = _CHANCE, 1.0  # see `_chance_of_more`, `_missing`
+        self.accepted = _CHANCE  # see `_chance_of_more`
         self.largest = 0.0  # Ritz value
         self.restarts, self.spent = 0, 0.0
 
@@ -363,7 +395,7 @@ class _Search:
         self.space = self.main
         self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
         self.history: list[dict[str, Any]] = []
-        self.probes = self.n_steps = self.next_check = 0
+        self.probes = self.fresh = self.n_steps = self.next_check = 0
         self.chance = 0.0
         self.residual_tol = max(tol / 2, tol - 4 * self.space.eps)  # rounding adds to residuals, hardly to null values
         self.nullity: tuple[float, float] | None = None
@@ -413,14 +445,14 @@ class _Search:
             self.nullity = self._estimate_number(y[:, null])
 
     def _begin(self, block: int, v0: NDArray | None) -> None:
-        start = self._draw(block if v0 is None else 1)
+        start, random_part = self._draw(block if v0 is None else 1), 1.0
         if v0 is not None:
             v0 = v0 / np.abs(v0).max(axis=0)
             given = self.space.tensor((v0 / np.linalg.norm(v0, axis=0)).sum(axis=1))
             start = _RANDOM_PART * start / torch.linalg.vector_norm(start) + given
-            self.accepted, self.inflation = _DELTA, float(torch.linalg.vector_norm(start)) / _RANDOM_PART
+            self.accepted, random_part = _DELTA, _RANDOM_PART / float(torch.linalg.vector_norm(start))
         self.starts = len(start)
-        self.space.append(start)
+        self.space.append(start, random_part)
         self.random = self.space.w.clone() if v0 is None else None
 
     def look_for_missed(self) -> None:
@@ -444,7 +476,7 @@ class _Search:
             p = self.k
             if joined:  # what joins has converged beside the rest, not together with it
                 self.space.begin(self.given)
-                self.space.append(self.found[2])
+                self.space.append(self.found[2], 0.0)
                 self._run()
 
     def _run(self) -> None:
@@ -469,9 +501,12 @@ class _Search:
             if space.m == space.n:
                 break
             if space.m >= self.top + self.bottom and settled.all():
+                accepted = self.accepted if space.m > _CHEAP and self.n > _SMALL else _DELTA
                 self.chance = self._chance_of_more()
-                if self.chance <= (self.accepted if space.m > _CHEAP and self.n > _SMALL else _DELTA):
+                if self.chance <= accepted:
                     break
+                if self._chance_of_more(noise=0.0) <= accepted:
+                    self._outweigh_rounding()
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
             elif may_grow and len(space.w) < self.k and theta[0] <= 100 * aim:
@@ -508,12 +543,14 @@ class _Search:
             joined = np.r_[:i, len(t) - j : len(t)]
             converged = (r[joined] <= aim) | ((t[joined] <= aim) & (joined < i))
             settled = i + j < len(t) or space.m == space.n
-            if below and i < min(self.bottom, len(t)):
-                settled &= self._would_show(low_end[-1] - aim, slice(i, len(t) - j), p)
-            if above and j < min(self.top, len(t)):
-                settled &= self._would_show(high_end[0] + aim, slice(i, len(t) - j), p)
+            ends = [low_end[-1] - aim] if below and i < min(self.bottom, len(t)) else []
+            ends += [high_end[0] + aim] if above and j < min(self.top, len(t)) else []
             if converged.all() and settled:
-                break
+                others = slice(i, len(t) - j)
+                if space.m == space.n or all(self._would_show(x, others) for x in ends):
+                    break
+                if all(self._would_show(x, others, noise=0.0) for x in ends):
+                    self._outweigh_rounding()
             if len(space.w) == 0:
                 space.append(self._draw(self.k))
             self._make_room()
@@ -521,7 +558,7 @@ class _Search:
             self._join(space.vectors(y[:, joined]))
         return len(joined) > 0
 
-    def _would_show(self, x: float, pairs: slice, p: int) -> bool:
+    def _would_show(self, x: float, pairs: slice, noise: float | None = None) -> bool:
         """Whether an eigenvalue x is improbable, since some Ritz pairs of the space, not all converged, don't show it.
 
         The random start may be lost in a restart. Then the residual of the nearest pair decides, relative to the
@@ -530,23 +567,33 @@ class _Search:
         theta, residuals, y = (a[..., pairs] for a in self.ritz)
         rho = np.linalg.norm(residuals, axis=0)
         aim = self.tol * self.largest
+        noise = self.space.noise if noise is None else noise
         is_open = (rho > 0.01 * aim) | (abs(theta - x) > 2 * aim)
         theta, rho, residuals, y = theta[is_open], rho[is_open], residuals[:, is_open], y[:, is_open]
         if self.space.is_restarted:
             distance = abs(theta - x)
             return not len(distance) or bool((rho / distance)[np.argmin(distance)] <= _DELTA)
-        return chance_of_missing(x, theta, residuals, y[:p], self.space.n) <= _DELTA
+        return chance_of_missing(x, theta, residuals, self.space.start @ y, self.space.n, noise) <= _DELTA
 
-    def _missing(self, x: float, pairs: slice = slice(None)) -> float:
-        """`chance_of_missing` for an eigenvector orthogonal to the other Ritz vectors, by the random start.
+    def _outweigh_rounding(self) -> None:
+        """Another random vector: where an eigenvector hides in the rounding from some, it has to hide from all."""
+        self.fresh += 1
+        if self.fresh > _FRESH:
+            message = "rounding of the products hides what eigenvalues may lie 2 tol beyond those found"
+            raise SolverStopped(message, *self.partial(), by_rounding=True)
+        self.space.append(self._draw(1))
+
+    def _missing(self, x: float, pairs: slice = slice(None), noise: float | None = None) -> float:
+        """`chance_of_missing` for an eigenvector orthogonal to the other Ritz vectors, by the random vectors in V.
 
         A part of the start that is given, v0, shifts the share of h in it by a constant, so that small ones become less
-        probable; the random part is 1 / inflation of the whole.
+        probable.
         """
         theta, residuals, y = (a[..., pairs] for a in self.ritz)
-        return chance_of_missing(x, theta, residuals, self.inflation * y[: self.starts], self.space.n)
+        noise = self.space.noise if noise is None else noise
+        return chance_of_missing(x, theta, residuals, self.space.start @ y, self.space.n, noise)
 
-    def _chance_of_more(self) -> float:
+    def _chance_of_more(self, noise: float | None = None) -> float:
         """The chance of an eigenvalue more than 2 tol beyond those of a first run: two so close may blend in one pair.
 
         Beyond the extreme ones, where a look for missed ones follows. Not known, and 0, once the random start may have
@@ -558,9 +605,9 @@ class _Search:
         top, bottom = (min(k, 1 if self.starts < self.k else k) for k in (self.top, self.bottom))
         chance = 0.0
         if top:
-            chance = self._missing(theta[-top] + 2 * aim, slice(len(theta) - top + 1))
+            chance = self._missing(theta[-top] + 2 * aim, slice(len(theta) - top + 1), noise)
         if bottom and theta[bottom - 1] > aim:
-            chance = max(chance, self._missing(theta[bottom - 1] - 2 * aim, slice(bottom - 1, None)))
+            chance = max(chance, self._missing(theta[bottom - 1] - 2 * aim, slice(bottom - 1, None), noise))
         return chance
 
     def _bound(self) -> None:
@@ -703,14 +750,15 @@ def _eigh(t: NDArray) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(torch.as_tensor(t))
 
 
-def _project(block: Tensor, basis: Tensor) -> None:
-    """Leave, of each row, what is orthogonal to the rows of an orthonormal basis."""
+def _project(block: Tensor, basis: Tensor) -> Tensor:
+    """Leave, of each row, what is orthogonal to the rows of an orthonormal basis; the inner products of before."""
     # A sum in float32 that holds one large product loses the small ones that come after it: by pieces, each from zero.
     n = block.shape[1] // _PIECE * _PIECE
     pieces, others = (rows[:, :n].unflatten(1, (-1, _PIECE)) for rows in (block, basis))
     overlaps = torch.bmm(pieces.transpose(0, 1), others.permute(1, 2, 0)).sum(dim=0, dtype=torch.float64)
     overlaps += block[:, n:] @ basis[:, n:].T
     block.addmm_(overlaps.to(block.dtype), basis, alpha=-1)
+    return overlaps
 
 
 def _combine(rows: Tensor, y: Tensor) -> Tensor:

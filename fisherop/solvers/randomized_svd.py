@@ -85,6 +85,9 @@ def randomized_svd(
     trials = forward(gaussian(_TRIALS))
     missed = (trials - (trials @ basis.T) @ basis).double()
     error = 10 * math.sqrt(2 / math.pi) * float(torch.linalg.vector_norm(missed, dim=1).max())
-    upper = float(sigma[0]) ** 2 + error**2
+    rounding = (
+        10 * torch.finfo(lin.image.dtype).eps * float(sigma[0]) ** 2
+    )  # of the products, and of Q's orthonormality
+    upper = float(sigma[0]) ** 2 + error**2 + rounding
     details = {"range_error": error, "lambda_max_upper": upper}
     return (sigma[:k] ** 2).cpu().numpy(), operator.to_columns(vh[:k]), details
