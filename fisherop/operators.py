@@ -283,7 +283,14 @@ class FisherOperator(_ModelOperator):
         return self._jacobian
 
     def _forward(self, rows: Tensor) -> Tensor:
-        return self._vjp(self._jvp(rows))
+        images = self._jvp(rows)
+        products = self._vjp(images)
+        if bool((images.any(dim=1) & ~products.any(dim=1)).any()):  # vᵀF v = ‖J v‖² > 0
+            raise FloatingPointError(
+                f"a product with {self!r} is below what {self.dtype} can hold, though J v isn't zero: scale the model's "
+                "response up, or use eigenpairs, which does that inside"
+            )
+        return products
 
     _reverse = _forward
 
@@ -300,10 +307,16 @@ class FisherOperator(_ModelOperator):
         ------
         ValueError
             It, or the Jacobian, would take more than `max_bytes` (2 GiB by default).
+        OverflowError
+            It exceeds what the dtype can hold.
         """
         _check_dense_size(self, max_bytes)
-        dense = self.jacobian.to_dense(max_bytes)
-        return dense.T @ dense
+        jacobian = self.jacobian.to_dense(max_bytes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            dense = jacobian.T @ jacobian
+        if not np.isfinite(dense).all():
+            raise OverflowError(f"{self!r} exceeds what {self.dtype} can hold: rescale the model")
+        return dense
 
 
 def _sparse_message(operator: _ModelOperator) -> str:

@@ -124,7 +124,9 @@ class EigenResult:
             f"extreme: {self.ground}",
             f"noise: residuals below {self.noise:.0e} λ_max are rounding",
         ]
-        lines += [f"{name}: {value}" for name, value in self.details.items() if not isinstance(value, list)]
+        for name, value in self.details.items():
+            if not isinstance(value, list):
+                lines.append(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
         return "\n".join(lines)
 
 
@@ -279,7 +281,10 @@ def certify(
     lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * margin * scale
     if sample.size == scale == 0:
         ground, highest = "J is zero at this image, so that every vector is both extremes", 0.0
-        warn(f"{ground}, and those returned are arbitrary: a metric at its reference has such a J, and a head of zeros")
+        warn(
+            f"{ground}, and those returned are arbitrary: so is J of a metric at its reference, of a head of zeros, of "
+            "units that are all off, and of round or sign"
+        )
     least = min((values.min(initial=np.inf) ** 0.5 + error) ** 2, low + 2 * margin * scale) if m >= n else 0.0
     return EigenResult(
         eigenvalues=unit * values,
@@ -380,13 +385,13 @@ def _status(
     is_pair = residuals + noise * scale * min(1.0, 4 / n**0.5) <= allowed
 
     # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span.
-    first_null = len(index)
-    while first_null > 0 and index[first_null - 1] == n - (len(index) - first_null) - 1:
-        largest = np.linalg.norm(jv[:, first_null - 1 :], ord=2) + noise * scale**0.5
-        if largest**2 > allowed:
-            break
-        first_null -= 1
-    is_null = np.arange(len(index)) >= first_null
+    at_bottom = np.count_nonzero(index == np.arange(n - len(index), n))
+    few, more = 0, at_bottom + 1  # so many are null, and so many are not: the norm of a longer block is larger
+    while more - few > 1:
+        count = (few + more) // 2
+        largest = np.linalg.norm(jv[:, len(index) - count :], ord=2) + noise * scale**0.5
+        few, more = (count, more) if largest**2 <= allowed else (few, count)
+    is_null = np.arange(len(index)) >= len(index) - few
 
     slack = 2 * (tol + noise) * scale  # an index is claimed to no more
     from_top = index == np.arange(len(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -40,23 +41,24 @@ def lobpcg(
     n = operator.shape[0]
     if n < 5 * k:
         raise ValueError(f"method='lobpcg' needs 5 k ≤ N, got k={k} and N={n}: use method='exact'")
-    # SciPy's tol is absolute: it needs to know how large F is.
+    # SciPy's tol is absolute, and so are thresholds inside: it gets F / unit, which changes no digit, and 1 as its scale.
     scale = ritz_extremes(operator, np.empty((n, 0)), min(n, 10), rng.standard_normal(n))[1]
+    unit = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
     found: list[tuple[NDArray, NDArray]] = []
     with warnings.catch_warnings(record=True) as caught:  # the certificate judges what SciPy only warns of
         warnings.simplefilter("always")
         for end in ("largest", "smallest") if which == "both" else (which,):
             values, vectors = sla.lobpcg(
-                operator.in_float64(),
+                operator.in_float64(unit),
                 rng.standard_normal((n, k)),
                 M=preconditioner if end == "smallest" else None,
-                tol=tol * scale,
+                tol=tol * scale / unit,
                 maxiter=maxiter or 2000,
                 largest=end == "largest",
             )
             order = np.argsort(values)[::-1]
-            found.append((values[order], vectors[:, order]))
-            scale = max(scale, float(values.max()))
+            found.append((unit * values[order], vectors[:, order]))
+            scale = max(scale, unit * float(values.max()))
     said = sorted({str(w.message).split("\n")[0] for w in caught})
     details = {"SciPy's lobpcg": "; ".join(said)} if said else {}
     return np.concatenate([v for v, _ in found]), np.hstack([v for _, v in found]), details
