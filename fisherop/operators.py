@@ -287,8 +287,8 @@ class FisherOperator(_ModelOperator):
         products = self._vjp(images)
         if bool((images.any(dim=1) & ~products.any(dim=1)).any()):  # vᵀF v = ‖J v‖² > 0
             raise FloatingPointError(
-                f"a product with {self!r} is below what {self.dtype} can hold, though J v isn't zero: scale the model's "
-                "response up, or use eigenpairs, which does that inside"
+                f"a product with {self!r} is below what {self.dtype} can hold, though J v isn't zero: scale the "
+                "model's response up, or use eigenpairs, which does that inside"
             )
         return products
 

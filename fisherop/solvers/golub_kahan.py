@@ -193,12 +193,13 @@ def chance_of_missing(
     noise : float
         Of the rounding of a product, the part along one unit vector, in the units of `theta`.
     """
-    p = len(start)
-    q = 0.0
+    p, q, distances = len(start), 0.0, theta - x
+    if not distances.all():  # rounded away
+        return 1.0
     if residuals.any():
-        q += np.linalg.norm((residuals / (theta - x)) @ start.T, 2)
+        q += np.linalg.norm((residuals / distances) @ start.T, 2)
     if noise > 0:
-        q += noise * np.linalg.norm(start / (theta - x), 2)
+        q += noise * np.linalg.norm(start / distances, 2)
     if q == 0:
         return 0.0
     return math.exp(min(0.0, p / 2 * math.log(n * q**2 / 2) - math.lgamma(p / 2 + 1)))

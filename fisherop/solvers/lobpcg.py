@@ -41,7 +41,7 @@ def lobpcg(
     n = operator.shape[0]
     if n < 5 * k:
         raise ValueError(f"method='lobpcg' needs 5 k ≤ N, got k={k} and N={n}: use method='exact'")
-    # SciPy's tol is absolute, and so are thresholds inside: it gets F / unit, which changes no digit, and 1 as its scale.
+    # SciPy's tol is absolute, and so are its own thresholds: it gets F / unit, of about 1, which changes no digit.
     scale = ritz_extremes(operator, np.empty((n, 0)), min(n, 10), rng.standard_normal(n))[1]
     unit = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
     found: list[tuple[NDArray, NDArray]] = []
