@@ -17,6 +17,7 @@ from fisherop.jacobian import scaled
 from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
+_RITZ = 6  # times the noise: of the entries of a tridiagonal T, which are products with F, three in a row
 
 
 class Status(str, Enum):
@@ -264,8 +265,10 @@ def certify(
     low, high = ritz_extremes(operator, v, probe, sample.start)
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
-    scale = max(values.max(initial=0.0), high * (1 - noise))
     margin = max(noise, eps)  # a sample may show less, by chance
+    high *= max(0.0, 1 - _RITZ * margin)
+    scale = max(values.max(initial=0.0), high)
+    low += _RITZ * margin * scale
     largest, error = values.max(initial=0.0) ** 0.5, margin * scale**0.5
     rounding = 1000 * eps * largest**2 + 100 * ((largest + error) ** 2 - largest**2)  # of ‖J v‖², from that of J v
     order = _check_order(unit * values, unit * rounding)
@@ -285,7 +288,7 @@ def certify(
             f"{ground}, and those returned are arbitrary: so is J of a metric at its reference, of a head of zeros, of "
             "units that are all off, and of round or sign"
         )
-    least = min((values.min(initial=np.inf) ** 0.5 + error) ** 2, low + 2 * margin * scale) if m >= n else 0.0
+    least = min((values.min(initial=np.inf) ** 0.5 + error) ** 2, low) if m >= n else 0.0
     return EigenResult(
         eigenvalues=unit * values,
         eigenvectors=v,
