@@ -172,7 +172,8 @@ class Eigendistortion:
         image = self.image.to(*args, **kwargs)
         if image is self.image:
             return self
-        model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
+        with torch.inference_mode(False):  # or PyTorch could not differentiate it
+            model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
         operator = FisherOperator(image, model, **self._products)
         if self.jacobian is not None:
             operator.jacobian.to_dense()
@@ -188,9 +189,8 @@ class Eigendistortion:
         ValueError
             It would take more than 2 GiB.
         """
-        jacobian = self.operator.jacobian
-        with progress_bar(self.operator, "jacobian", min(jacobian.shape) / 2, progress):
-            jacobian.to_dense()
+        with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as operator:
+            operator.jacobian.to_dense()
         return self.jacobian
 
     def detection_thresholds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fisherop.jacobian import scaled
+from fisherop.current import warn
+from fisherop.jacobian import counted, scaled
 from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
@@ -214,7 +213,7 @@ def certify(
     check_tol(tol)
     if not isinstance(probe, int | np.integer) or probe < 0:
         raise ValueError(f"probe must be an integer from 0, got {probe!r}")
-    before = operator.n_products
+    operator = counted(operator)
     n, m = operator.shape[0], operator.jacobian.shape[0]
     v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
     index = _check_index(eigenindex, n)
@@ -262,7 +261,7 @@ def certify(
         status=status,
         tol=tol,
         method=method,
-        n_products=operator.n_products - before,
+        n_products=operator.n_products,
         image_size=n,
         response_size=m,
         lambda_max_bounds=(unit * scale, unit * max(scale, highest)),
@@ -363,11 +362,3 @@ def _status(
     status[is_pair & beyond] = Status.NOT_EXTREME
     status[is_null] = Status.NULL
     return status
-
-
-def warn(message: str) -> None:
-    """As from the line that called this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from fisherop import engines, linearize
+from fisherop import linearize, programs
 from fisherop.engines import ENGINES, Traced
 from fisherop.testing import count_flops
 
@@ -312,8 +312,8 @@ def test_memory_is_less_than_autograds():
 def test_a_program_goes_with_its_model():
     model = net(["conv", "gelu"])
     linearize(image(), model)
-    (kept,) = engines._PROGRAMS[model].values()
-    program = weakref.ref(kept[1])
+    (kept,) = programs._KEPT[model].values()
+    program = weakref.ref(kept.program)
     del kept
     gone = weakref.ref(model)
     del model
@@ -487,7 +487,7 @@ def test_a_wrong_engine_is_rejected(monkeypatch, caplog, wrong, why):
     assert lin.engine_report[0].startswith("traced: rejected") and why in lin.engine_report[0]
     assert lin.engine_report[-1].startswith("functional: in use") and why in caplog.text
     check_products(lin, dense(model, image()), torch.float64)
-    assert not engines._PROGRAMS.get(model), "what was rejected is not kept"
+    assert not programs._KEPT.get(model), "what was rejected is not kept"
     with pytest.raises(RuntimeError, match=why):
         linearize(image(), net(["conv", "gelu", "conv"]), engine="traced")
 

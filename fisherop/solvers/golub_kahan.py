@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.jacobian import check_size
+from fisherop.jacobian import check_size, shared
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 
@@ -122,7 +122,7 @@ def golub_kahan(
     lin = operator.linearization
     search = None
     if state is not None:
-        if state.setdefault("linearization", lin) is not lin:
+        if state.setdefault("linearization", shared(lin)) is not shared(lin):
             raise ValueError("state belongs to another operator: pass an empty dict")
         search = state.pop("search", None)
     if len(given.T) or v0 is not None:
@@ -132,6 +132,7 @@ def golub_kahan(
     if search is None:
         rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
         search = _Search(lin, rows, rng, capacity)
+    search.lin = search.main.lin = lin  # the one that counts for this run
     search.ask(top, bottom, tol, maxiter or 10_000, callback)
     try:
         search.find(k if bottom and search.zeros >= k else 1, v0)
