@@ -19,6 +19,7 @@ from fisherop.guard import _names
 from fisherop.sparse import parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
+_SIMPLE = {bool, int, float, complex, str}
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}
 _SMALL = 2**12  # elements whose values are looked at
 _LONG = 200  # characters
@@ -48,15 +49,18 @@ class Contents:
         self._slots: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: dict[int, Any] = {}  # holds what it has seen, so that no id is used twice
         stack: list[tuple[str, Any]] = [("", model)]
-        if isinstance(model, nn.Module):  # those of a scripted module are in no attribute
-            stack += [*model.named_parameters(), *model.named_buffers()]
         while stack:
             path, here = stack.pop()
             token, inner = self._look(here)
-            self.found[path] = token
+            plain: list[tuple[str, Any]] = []  # with the token, since most is: the empty dicts of hooks, numbers, flags
+            for name, x in inner:
+                if x is None or type(x) in _SIMPLE or (isinstance(x, dict) and not x):
+                    plain.append((name, x))
+                else:
+                    stack.append((f"{path}.{name}" if path and name[:1] != "[" else f"{path}{name}", x))
+            self.found[path or "itself"] = (token, _short(repr(plain))) if plain else token
             if isinstance(here, Tensor) and here.device.type != "meta":
                 self.storages[path] = [part.untyped_storage().data_ptr() for part in parts(here)]
-            stack.extend((f"{path}.{name}" if path and name[:1] != "[" else f"{path}{name}", x) for name, x in inner)
         self._seen.clear()
 
     def changes(self, earlier: Contents, *, but: Collection[str] = ()) -> list[str]:

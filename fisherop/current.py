@@ -54,7 +54,7 @@ class Current:
         Raises
         ------
         RuntimeError
-            The model has changed, and products would be neither of the model as it was nor of the model as it is.
+            The model has changed, and products may be neither of the model as it was nor of the model as it is.
 
         Warns
         -----
@@ -79,7 +79,7 @@ class Current:
         with torch.inference_mode(False), torch.no_grad():
             if not self._agrees(self._multiplied, self._trial.jv, self._trial.jtu):
                 stale = (
-                    f"{what}, so that products by the {type(self._engine).__name__} engine would be neither of the "
+                    f"{what}, so that products by the {type(self._engine).__name__} engine may be neither of the "
                     "model as it was nor of the model as it is: linearize it again"
                 )
             elif not self._agrees(self._differentiated, self._response.flatten(), self._trial.jv[0]):

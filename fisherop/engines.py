@@ -119,7 +119,7 @@ class Program:
         key = direction, len(block)
         if key not in self._blocks:  # another thread may have made it in the meantime
             made = self._of_block(direction, constants, block)
-            for old in list(self._blocks)[: len(self._blocks) + 1 - _MAX_BLOCKS]:
+            for old in list(self._blocks)[: max(0, len(self._blocks) + 1 - _MAX_BLOCKS)]:
                 del self._blocks[old]
             self._blocks[key] = made
         return self._blocks[key]

@@ -50,7 +50,7 @@ def keep(image: Tensor, model: Any, program: Program, contents: Contents, precis
     kinds.pop(_kind(image), None)
     for old in [kind for kind, kept in kinds.items() if contents.changes(kept.contents, but=kept.ignored)]:
         del kinds[old]  # of the module as it was
-    for old in list(kinds)[: len(kinds) + 1 - _MAX_KINDS]:
+    for old in list(kinds)[: max(0, len(kinds) + 1 - _MAX_KINDS)]:
         del kinds[old]
     kinds[_kind(image)] = Kept(program, contents.released(), ignored, precision, error)
 

@@ -96,7 +96,7 @@ class Generators:
         now, before = self._now(), self._states
         if now["python"] != before["python"]:
             random.setstate(before["python"])
-        if repr(_plain(now["numpy"])) != repr(_plain(before["numpy"])):
+        if any(not np.array_equal(a, b) for a, b in zip(now["numpy"], before["numpy"], strict=True)):
             np.random.set_state(before["numpy"])  # noqa: NPY002
         if not torch.equal(now["torch"], before["torch"]):
             torch.set_rng_state(before["torch"])
@@ -215,10 +215,6 @@ def _put_warnings(values: list[Any]) -> None:
         setattr(warnings, name, value)
     if hasattr(warnings, "_filters_mutated"):  # what modules remember of filters holds no longer
         warnings._filters_mutated()
-
-
-def _plain(state: tuple) -> list:
-    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in state]
 
 
 def _in_child() -> None:
