@@ -128,8 +128,8 @@ class Program:
         """The program of a block size; None where that of single vectors has to do: for two, one is not worth it."""
         if len(like) == 2:
             return None
-        generator = torch.Generator().manual_seed(0)
-        trial = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        trial = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")

@@ -309,7 +309,7 @@ class _Space:
     def ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Ritz values, ascending; their residuals C y in W's coordinates (b, m); their vectors y in V's, columns."""
         theta, y = _eigh(self.t)
-        return theta.numpy(), (torch.as_tensor(self.c) @ y).numpy(), y.numpy()
+        return theta.numpy(), (torch.from_numpy(self.c) @ y).numpy(), y.numpy()
 
     def vectors(self, y: NDArray) -> Tensor:
         return self.tensor(y.T) @ self.v
@@ -321,8 +321,8 @@ class _Space:
         [L; C L⁻ᵀ] are Lᵀq, accurate at both ends. For kept vectors Q the residuals of F V Q lie in W − V A⁻¹ Cᵀ,
         orthogonalised to V Q.
         """
-        t, c = torch.as_tensor(self.t), torch.as_tensor(self.c)
-        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype))
+        t, c = torch.from_numpy(self.t), torch.from_numpy(self.c)
+        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype, device=t.device))
         beside = torch.linalg.solve_triangular(factor, c.T, upper=False).T
         z = torch.linalg.svd(torch.cat([factor, beside]), full_matrices=False)[2].T
         kept = torch.linalg.solve_triangular(factor.T, z[:, np.r_[:high, self.m - low : self.m]], upper=True)
@@ -701,7 +701,7 @@ class _Search:
 
 def _eigh(t: NDArray) -> tuple[Tensor, Tensor]:
     # by torch, here and in a restart: NumPy's own threads contend with torch's for the cores, at up to 5 × the time
-    return torch.linalg.eigh(torch.as_tensor(t))
+    return torch.linalg.eigh(torch.from_numpy(t))
 
 
 def _project(block: Tensor, basis: Tensor) -> None:
