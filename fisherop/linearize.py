@@ -53,7 +53,7 @@ def linearize(
         Maps the image to its response: a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors,
         which is flattened and concatenated in order; None is left out. What `torch.compile` wraps runs uncompiled. The
         model is left as it is after one plain call: what that sets up is kept, as ordinary tensors. It must not change
-        while the linearization is in use.
+        while the linearization is in use: see `check_current`.
     engine : {"auto", "traced", "functional", "double_backward"}
         How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
         on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
