@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+
+from fisherop.undisturbed import clear_frames
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -128,8 +129,5 @@ def attempt() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            link: BaseException | None = error
-            while link is not None:
-                traceback.clear_frames(link.__traceback__)
-                link = link.__cause__ or link.__context__
+            clear_frames(error)
             raise

@@ -134,21 +134,3 @@ def another_seed(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(torch.initial_seed() + 20171127)
         yield
-
-
-@contextlib.contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """The global generators are as before afterwards, where something has drawn on them."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    states = _elsewhere()
-    try:
-        yield
-    finally:
-        if _elsewhere() != states:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
-        if not torch.equal(torch.get_rng_state(), before[2]):
-            torch.set_rng_state(before[2])
-        if cuda is not None and not torch.equal(torch.cuda.get_rng_state(device), cuda):
-            torch.cuda.set_rng_state(cuda, device)

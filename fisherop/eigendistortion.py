@@ -186,9 +186,8 @@ class Eigendistortion:
         ValueError
             It would take more than 2 GiB.
         """
-        jacobian = self.operator.jacobian
-        with progress_bar(self.operator, "jacobian", min(jacobian.shape) / 2, progress):
-            jacobian.to_dense()
+        with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as operator:
+            operator.jacobian.to_dense()
         return self.jacobian
 
     def detection_thresholds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

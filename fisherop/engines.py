@@ -7,35 +7,36 @@ without gradients being recorded. Where k = 1, nothing is vectorised.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
-import weakref
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fisherop.nodes import IMAGE, LINEAR, STATIC, NotLinear, compile_nodes, needed
 from fisherop.rewrite import lower, simplify
 from fisherop.sparse import is_sparse, parts
 from fisherop.tape import Tape
+from fisherop.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
+_MAX_BLOCKS = 8  # sizes and directions for which a program is kept
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
 
 class Traced:
     """The operations of one J v and of one Jᵀu, without what depends on the image alone: that is computed once.
 
-    Both are recorded in one run of the model (`fisherop.tape`), simplified (`fisherop.rewrite`) and kept as programs,
-    per module, image shape and dtype, until the module goes or changes. Another image then costs a forward pass.
+    Both are recorded in one run of the model (`fisherop.tape`), simplified (`fisherop.rewrite`) and kept as programs
+    (`fisherop.programs`). Another image then costs a forward pass.
 
     Attributes
     ----------
+    program : Program
+        What other images can resume.
     response : Tensor or None
         The response to the image, flat, by the program that an earlier image left; None where the program is new.
     chunk_size : int
@@ -45,55 +46,42 @@ class Traced:
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self.response = None
         try:
-            self._program, self._constants = _trace(respond, image, response)
+            self.program, self._constants = _trace(respond, image, response)
         except RuntimeError:
             raise
         except Exception as error:  # whatever an operation that we don't know may do to the rules
             raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
 
     @classmethod
-    def resume(cls, image: Tensor, model: Any) -> Traced | None:
-        """By the program that an earlier image left, if it still holds."""
-        kept = _PROGRAMS.get(model, {}) if _can_be_kept(model) else {}
-        fingerprint, program, precision = kept.get(_kind(image), (None, None, 0.0))
-        if program is None or fingerprint != _fingerprint(model):
-            return None
+    def resume(cls, image: Tensor, program: Program) -> Traced:
+        """By the program that an earlier image left."""
         self = cls.__new__(cls)
-        self._program, self.precision = program, precision
+        self.program = program
         self.response, *self._constants = program.prepare(image)
         return self
 
-    def keep(self, image: Tensor, model: Any, precision: float) -> None:
-        """Let later images of this kind resume the program, once it has been found right."""
-        if _can_be_kept(model) and not self._program.reads_image:
-            _PROGRAMS.setdefault(model, {})[_kind(image)] = _fingerprint(model), self._program, precision
-
-    @staticmethod
-    def forget(image: Tensor, model: Any) -> None:
-        """Keep no program for images of this kind."""
-        _PROGRAMS.get(model, {}).pop(_kind(image), None)
-
     @property
     def chunk_size(self) -> int:
-        return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self._program.largest_bytes))
+        return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self.program.largest_bytes))
 
     def jvp(self, tangents: Tensor) -> Tensor:
-        return self._program.product("jvp", self._constants, tangents)
+        return self.program.product("jvp", self._constants, tangents)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
-        return self._program.product("vjp", self._constants, cotangents)
+        return self.program.product("vjp", self._constants, cotangents)
 
     @property
     def held_bytes(self) -> tuple[int, int]:
         """The memory of what depends on the image, and of what the images of one model share, without parameters."""
-        return _bytes(self._constants), _bytes(self._program.statics)
+        return _bytes(self._constants), _bytes(self.program.statics)
 
 
-class _Program:
+class Program:
     """What tracing leaves: of a model, for images of one shape and dtype.
 
     ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v, and
-    so does `plain`, by operations that can be vectorised.
+    so does `plain`, by operations that can be vectorised. `reads` are the addresses of the tensors that the model read,
+    beside the image.
     """
 
     def __init__(
@@ -104,6 +92,7 @@ class _Program:
         statics: list[Tensor],
         largest_bytes: int,
         reads_image: bool,
+        reads: set[int],
     ) -> None:
         self.prepare = prepare
         self.single = single
@@ -111,27 +100,36 @@ class _Program:
         self.statics = statics
         self.largest_bytes = largest_bytes
         self.reads_image = reads_image
+        self.reads = reads
         self._blocks: dict[tuple[str, int], Callable[..., tuple] | None] = {}
 
     def product(self, direction: str, constants: list[Tensor], block: Tensor) -> Tensor:
-        """J v or Jᵀu of a block; the program of each block size is made when it first comes."""
+        """J v or Jᵀu of a block; the program of each block size is made when it first comes, the oldest one goes."""
         block = block.contiguous()  # as in the recording, where layouts decided which copies were made
         if len(block) == 1:
             return self.single[direction](block[0], *constants)[0][None]
-        key = direction, len(block)
-        if key not in self._blocks:
-            self._blocks[key] = self._of_block(direction, constants, block)
-        program = self._blocks[key]
+        program = self._blocks.get((direction, len(block)), self)
+        if program is self:
+            program = alone(lambda _: self._keep_block(direction, constants, block), block.device)
         if program is None:
             return torch.cat([self.product(direction, constants, one) for one in block.split(1)])
         return program(block, *constants)[0]
+
+    def _keep_block(self, direction: str, constants: list[Tensor], block: Tensor) -> Callable[..., tuple] | None:
+        key = direction, len(block)
+        if key not in self._blocks:  # another thread may have made it in the meantime
+            made = self._of_block(direction, constants, block)
+            for old in list(self._blocks)[: max(0, len(self._blocks) + 1 - _MAX_BLOCKS)]:
+                del self._blocks[old]
+            self._blocks[key] = made
+        return self._blocks[key]
 
     def _of_block(self, direction: str, constants: list[Tensor], like: Tensor) -> Callable[..., tuple] | None:
         """The program of a block size; None where that of single vectors has to do: for two, one is not worth it."""
         if len(like) == 2:
             return None
-        generator = torch.Generator().manual_seed(0)
-        trial = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        trial = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")
@@ -153,16 +151,7 @@ class _Program:
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 
-# of a module, by kind of image: what the program depends on, the program, and its least precise step
-_Programs = dict[Hashable, tuple[Hashable, _Program, float]]
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, _Programs] = weakref.WeakKeyDictionary()
-
-
-def _can_be_kept(model: Any) -> bool:
-    return isinstance(model, nn.Module) and isinstance(model, Hashable)
-
-
-def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[_Program, list[Tensor]]:
+def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[Program, list[Tensor]]:
     tape = Tape()
     v, u = torch.ones_like(image), torch.ones_like(response)
     x, *vectors = (tape.input(value, level) for value, level in ((image, IMAGE), (v, LINEAR), (u, LINEAR)))
@@ -184,30 +173,9 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
     largest_bytes = max(n.value.nbytes for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
-    return _Program(prepare, single, plain, own, largest_bytes, tape.reads_image), [c.value for c in constants]
-
-
-def _kind(image: Tensor) -> Hashable:
-    return image.shape, image.dtype, image.device
-
-
-def _fingerprint(model: nn.Module) -> Hashable:
-    """What a program depends on beside the image: tensors by place and version, plain attributes, hooks."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.Size)
-    return (
-        tuple((id(t), *(part.data_ptr() for part in parts(t)), t._version, t.shape) for t in tensors),
-        tuple(
-            (
-                id(module),
-                tuple(module._forward_hooks),
-                tuple(module._forward_pre_hooks),
-                repr([(name, value) for name, value in vars(module).items() if isinstance(value, plain)]),
-            )
-            for module in model.modules()
-        ),
-        torch.get_default_dtype(),
-    )
+    return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external), [
+        c.value for c in constants
+    ]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,8 +1,9 @@
-"""Jacobians made of others: a linearization times a number, where F would leave the range of the dtype."""
+"""Jacobians made of others: times a number, where F would leave the range of the dtype; with counters of their own."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,72 @@ class Scaled:
         if name.startswith("_") or name == "linearization":  # copy and pickle ask before there is one
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.linearization, name)
+
+
+class Counted:
+    """The products of a linearization, counted from here on, and heard by a listener of their own.
+
+    So that solvers which share a linearization, at the same time or one after the other, know each what it has spent.
+    Everything else is the linearization's own; its counters and its listener go on.
+
+    Parameters
+    ----------
+    linearization : Linearization
+        J, of shape (M, N), or what stands for one.
+    """
+
+    def __init__(self, linearization: Any) -> None:
+        self.linearization = linearization
+        self.n_jvp = self.n_vjp = 0
+        self.on_product: Callable[[float], None] | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:  # counts begin at zero, as those of a linearization
+        return type(self), (self.linearization,)
+
+    @property
+    def n_products(self) -> float:
+        """One product is one J v plus one Jᵀu."""
+        return (self.n_jvp + self.n_vjp) / 2
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
+        out = self.linearization.jvp(tangents)
+        self._count(len(tangents), 0)
+        return out
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
+        out = self.linearization.vjp(cotangents)
+        self._count(0, len(cotangents))
+        return out
+
+    def _count(self, n_jvp: int, n_vjp: int) -> None:
+        with self._lock:
+            self.n_jvp += n_jvp
+            self.n_vjp += n_vjp
+        if self.on_product is not None:
+            self.on_product((n_jvp + n_vjp) / 2)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "linearization":  # copy and pickle ask before there is one
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.linearization, name)
+
+
+def counted(operator: Any) -> Any:
+    """The operator of the same kind whose products are counted from here on; the model must be as it was."""
+    operator.linearization.check_current()
+    own = type(operator).from_linearization(Counted(operator.linearization))
+    own.jacobian.dense = operator.jacobian.dense
+    return own
+
+
+def shared(linearization: Any) -> Any:
+    """The linearization that several `Counted` may share."""
+    while isinstance(linearization, Counted):
+        linearization = linearization.linearization
+    return linearization
 
 
 def scaled(operator: Any, exponent: int) -> Any:

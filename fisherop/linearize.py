@@ -8,15 +8,16 @@ import functools
 import logging
 import math
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherop import programs
 from fisherop.compat import attempt, prepare_recording
-from fisherop.draws import generators_kept
+from fisherop.contents import Contents
+from fisherop.current import ROUNDINGS, Current
 from fisherop.engines import (
     ENGINES,
     DoubleBackward,
@@ -30,12 +31,13 @@ from fisherop.engines import (
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
-from fisherop.slopes import check_slope, norm
+from fisherop.slopes import check_slope
+from fisherop.trial import check_close, check_products, random, vectorizes
+from fisherop.undisturbed import alone, in_thread
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
 _MAX_CHUNK = 64
-_ONE_AT_A_TIME = threading.RLock()  # forward mode and the switches of attention are global to PyTorch
 
 
 def linearize(
@@ -51,7 +53,7 @@ def linearize(
         Maps the image to its response: a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors,
         which is flattened and concatenated in order; None is left out. What `torch.compile` wraps runs uncompiled. The
         model is left as it is after one plain call: what that sets up is kept, as ordinary tensors. It must not change
-        while the linearization is in use.
+        while the linearization is in use: see `check_current`.
     engine : {"auto", "traced", "functional", "double_backward"}
         How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
         on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
@@ -122,17 +124,24 @@ class Linearization:
         self.model = model
         self.options = {"engine": engine, "chunk_size": chunk_size}
         self.on_product: Callable[[float], None] | None = None
+        self._counting = threading.Lock()
+        self.n_jvp = self.n_vjp = 0
+        self.engine_report: tuple[str, ...] = ()
+        self._precision = torch.finfo(image.dtype).eps
+        self._current: Current | None = None  # while the model is being looked at
         prepare_recording()
-        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad(), generators_kept(image.device):
-            self.image = image.detach().clone()
-            self._respond = Response(model)
-            self._precision = torch.finfo(image.dtype).eps
-            self.engine_report: tuple[str, ...] = ()
-            self.n_jvp = self.n_vjp = 0
-            names = tuple(ENGINES) if engine == "auto" else (engine,)
-            if not ("traced" in names and self._resume(chunk_size)):
-                self._examine(names, chunk_size)
+        names = tuple(ENGINES) if engine == "auto" else (engine,)
+        alone(lambda last: self._build(image, names, chunk_size, last), image.device)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
+
+    def _build(self, image: Tensor, names: tuple[str, ...], chunk_size: int | None, last: list[Callable]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.image = image.detach().clone()
+            self._respond = Response(self.model)
+            contents = Contents(self.model)
+            if not ("traced" in names and self._resume(contents, chunk_size, last)):
+                contents = self._examine(names, chunk_size, last)
+            self._current = Current(self._respond, contents, self._engine, self._trial, self.image, self.response)
 
     def __reduce__(self) -> tuple:
         check_picklable(self.model, "a linearization", "send what it is built from, and linearize there")
@@ -142,66 +151,72 @@ class Linearization:
         return type(self)(self.image, self.model, **self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
-        return type(self)(self.image, copy.deepcopy(self.model, memo), **self.options)
+        with torch.inference_mode(False):
+            return type(self)(self.image, copy.deepcopy(self.model, memo), **self.options)
 
-    def _resume(self, chunk_size: int | None) -> bool:
-        """Take the program that an earlier image left, if there is one and it agrees with the model at this image."""
-        engine, guard = None, Guard(self.model)
+    def _resume(self, contents: Contents, chunk_size: int | None, last: list[Callable]) -> bool:
+        """Take the program that an earlier image left, if there is one and it agrees with the model at this image.
+
+        It must agree as it did at the image of the recording, but for rounding.
+        """
+        guard = Guard(self.model)
         self._respond.sparse = guard.holds_sparse
+        kept = programs.recall(self.image, self.model, contents)
+        if kept is None:
+            return False
+        last.append(guard.restore)
+        eps = torch.finfo(self.image.dtype).eps
         try:
-            engine = Traced.resume(self.image, self.model)
-            if engine is None:
-                return False
-            self._engine = engine
-            v = self._random((1, *self.image_shape), seed=0)
+            self._engine = engine = Traced.resume(self.image, kept.program)
+            v = random((1, *self.image_shape), self.image, seed=0)
             with attempt():
                 response, reference = forward_mode(self._respond, self.image, v[0])
-                self._check_close("response", engine.response, response, 1000 * torch.finfo(response.dtype).eps)
+                check_close("response", engine.response, response, self._respond.sizes, ROUNDINGS * eps)
                 self.response = response.clone().reshape(self._respond.shape)
-                self._precision = max(self._precision, engine.precision)
-                self._check_engine(v, reference, chunk_size or engine.chunk_size)
+                self._precision = max(self._precision, kept.precision)
+                allowed = max(ROUNDINGS * eps, ROUNDINGS * kept.error)
+                self._check_engine(v, reference, chunk_size or engine.chunk_size, allowed)
         except (RuntimeError, ValueError) as error:
-            Traced.forget(self.image, self.model)
+            programs.forget(self.image, self.model)
             self._report(f"traced: the program of an earlier image is rejected, {error}")
+            guard.restore()
             return False
-        finally:
-            if engine is not None:
-                guard.restore()
         self._report(self._in_use("traced", "by the program of an earlier image, "))
         return True
 
-    def _examine(self, names: tuple[str, ...], chunk_size: int | None) -> None:
+    def _examine(self, names: tuple[str, ...], chunk_size: int | None, last: list[Callable]) -> Contents:
         """See what the model does when it is called; then choose an engine, and leave the model as after one call."""
         before = guard = Guard(self.model, values=True)
+        last.append(lambda: guard.restore())
         self._respond.sparse = guard.holds_sparse
-        try:
-            seen, guard = examine(self._respond, self.image, before)
-            self.response = seen.response.reshape(self._respond.shape)
-            self._precision = max(self._precision, seen.precision)
-            self._choose_engine(names, chunk_size, seen.bytes, guard)
-            with attempt():
-                decided = check_slope(
-                    self._respond,
-                    self.image,
-                    *self._checked,
-                    slope_by_backward if isinstance(self._engine, DoubleBackward) else slope,
-                    precision=self._precision,
-                    detaches=seen.detaches,
-                )
-            if isinstance(self._engine, Traced):
-                self._engine.keep(self.image, self.model, self._precision)
-            if not decided:
-                note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
-                self.engine_report = (*self.engine_report[:-1], note, self.engine_report[-1])
-        except BaseException:
-            guard = before
-            raise
-        finally:
-            guard.restore()
+        seen, settled = examine(self._respond, self.image, before)
+        self.response = seen.response.reshape(self._respond.shape)
+        self._precision = max(self._precision, seen.precision)
+        self._choose_engine(names, chunk_size, seen.bytes, settled)
+        with attempt():
+            decided = check_slope(
+                self._respond,
+                self.image,
+                self._trial.v[0],
+                self._trial.jv[0],
+                slope_by_backward if isinstance(self._engine, DoubleBackward) else slope,
+                precision=self._precision,
+                detaches=seen.detaches,
+            )
+        if not decided:
+            note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
+            self.engine_report = (*self.engine_report[:-1], note, self.engine_report[-1])
+        guard = settled
+        guard.restore()
+        contents = Contents(self.model)
+        if isinstance(self._engine, Traced):
+            error = self._trial.error
+            programs.keep(self.image, self.model, self._engine.program, contents, self._precision, error)
+        return contents
 
     def _choose_engine(self, names: tuple[str, ...], chunk_size: int | None, bytes_: int, guard: Guard) -> None:
         """Take the first engine that can be built, is right, and leaves the model as it was."""
-        v = self._random((1, *self.image_shape), seed=0)
+        v = random((1, *self.image_shape), self.image, seed=0)
         for name in names:
             try:
                 with attempt():
@@ -227,11 +242,12 @@ class Linearization:
                 self._report(self._in_use(name))
                 return
 
-    def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int) -> None:
+    def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int, allowed: float | None = None) -> None:
         """Of its products, and of blocks, which are taken apart where that fails; a traced engine tries each size."""
         self.chunk_size = chunk_size
-        self._check_derivatives(v, reference)
-        if chunk_size > 1 and not isinstance(self._engine, Traced) and not self._vectorises(v):
+        self._trial = check_products(self.jvp, self.vjp, v, reference, self._respond.sizes, self._precision, allowed)
+        self.mismatch = self._trial.mismatch
+        if chunk_size > 1 and not isinstance(self._engine, Traced) and not vectorizes(self.jvp, self.vjp, v):
             self.chunk_size = 1
 
     def _report(self, line: str) -> None:
@@ -272,41 +288,71 @@ class Linearization:
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
         self._check_block(tangents, "tangents", self.image_shape)
-        if not isinstance(self._engine, Functional):
-            return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
-        with _ONE_AT_A_TIME:  # which runs the model
-            guard = Guard(self.model)
-            try:
-                with attempt():
-                    return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
-            finally:
-                guard.restore()
+        if self._current is not None:
+            self._current.check()
+        return self._run(
+            self._engine.jvp, tangents, (self.response_size,), "n_jvp", isinstance(self._engine, Functional)
+        )
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
         self._check_block(cotangents, "cotangents", (self.response_size,))
-        return self._by_chunks(self._engine.vjp, cotangents, self.image_shape, "n_vjp")
+        if self._current is not None:
+            self._current.check()
+        return self._run(self._engine.vjp, cotangents, self.image_shape, "n_vjp", False)
+
+    def _run(
+        self,
+        multiply: Callable[[Tensor], Tensor],
+        block: Tensor,
+        shape: tuple[int, ...],
+        counter: str,
+        calls_model: bool,
+    ) -> Tensor:
+        """A block of products, alone where PyTorch differentiates, with a model unharmed where it is called."""
+
+        def run(last: list[Callable] | None = None) -> Tensor:
+            if not calls_model:
+                return self._by_chunks(multiply, block, shape, counter)
+            last.append(Guard(self.model).restore)
+            with attempt():
+                return self._by_chunks(multiply, block, shape, counter)
+
+        return (in_thread if isinstance(self._engine, Traced) else alone)(run, block.device)
 
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
     ) -> Tensor:
-        device, nothing = block.device.type, contextlib.nullcontext()
-        alone = nothing if isinstance(self._engine, Traced) else _ONE_AT_A_TIME
-        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nothing
-        with alone, torch.inference_mode(False), torch.no_grad(), plain:
+        device = block.device.type
+        plain = contextlib.nullcontext()
+        if torch.is_autocast_enabled(device):
+            plain = torch.autocast(device, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), plain:
             out = block.new_empty(len(block), *shape)
             n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
             for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():
                 target.copy_(multiply(chunk))
-                setattr(self, counter, getattr(self, counter) + len(chunk))
+                with self._counting:
+                    setattr(self, counter, getattr(self, counter) + len(chunk))
                 if self.on_product is not None:
                     self.on_product(len(chunk) / 2)
         return out
 
     def respond(self, image: Tensor) -> Tensor:
         """The model's response to an image of this shape, flat (M,)."""
-        with _ONE_AT_A_TIME, torch.no_grad():
-            return self._respond(image)
+
+        def run(_: list[Callable]) -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._respond(image)
+
+        return alone(run, image.device)
+
+    def check_current(self) -> None:
+        """Whether the model is still the one that was linearized, by all of it that is seen; see `fisherop.current`.
+
+        Products look at the identity, place and version of its tensors alone.
+        """
+        self._current.check(thoroughly=True)
 
     def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
         if not isinstance(block, Tensor):
@@ -319,72 +365,3 @@ class Linearization:
                 f"{name} must be {self.image.dtype} on {self.image.device} like the image, "
                 f"got {block.dtype} on {block.device}"
             )
-
-    def _random(self, shape: tuple[int, ...], seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(20171127 + seed)  # no seed of the user's, or v might be the image
-        return torch.randn(shape, generator=generator, dtype=self.image.dtype).to(self.image.device)
-
-    def _vectorises(self, v: Tensor) -> bool:
-        """Whether blocks of products work, are right, and are more than a loop with a warning at every call."""
-        block = torch.cat([v, v.flip(-1)])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                jv = self.jvp(block)
-                for at_once, one in ((jv, self.jvp(block[1:])), (self.vjp(jv), self.vjp(jv[1:]))):
-                    if ((at_once[1:] - one).abs() > _tolerance(one.dtype) * one.abs().max()).any():
-                        raise RuntimeError("two products at once differ from single ones")
-            except RuntimeError as error:
-                _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
-                return False
-        for warning in caught:
-            if "batching rule" in str(warning.message):
-                _LOG.info("products go through the model one at a time: %s", warning.message)
-                return False
-        return True
-
-    def _check_close(self, what: str, actual: Tensor, reference: Tensor, tolerance: float) -> None:
-        """Refuse a flat response that differs from an independent one, in any of the tensors that it consists of."""
-        floor = 4 * torch.finfo(reference.dtype).eps * norm(reference)
-        for a, b in zip(actual.split(self._respond.sizes), reference.split(self._respond.sizes), strict=True):
-            error, size = norm(a - b), norm(b)
-            if not error <= tolerance * size + floor:
-                raise RuntimeError(
-                    f"its {what} differs from PyTorch's by {error / size if size else error:.1e} of its norm"
-                )
-
-    def _check_derivatives(self, v: Tensor, reference: Tensor | None) -> None:
-        """Hold J v to an independent one, if there is one, and Jᵀu to J v by the adjoint identity ⟨J v, u⟩ = ⟨v, Jᵀu⟩.
-
-        Since v and u are random and independent, an error E of Jᵀ changes ⟨v, Jᵀu⟩ by about ‖E‖, in whatever direction
-        it lies. The same product again must have the same bits.
-        """
-        jv, u = self.jvp(v), self._random((1, self.response_size), seed=1)
-        jtu = self.vjp(u)
-        if not (torch.isfinite(jv).all() and torch.isfinite(jtu).all()):
-            raise ValueError(
-                "the model's derivative at this image holds NaN or infinity, though its response is finite; "
-                "a square root, norm or division of zero is the usual cause: add a small constant inside it"
-            )
-        if reference is not None:
-            self._check_close("J v", jv[0], reference, max(_tolerance(jv.dtype), self._precision**0.5))
-        forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
-        size, coarse = max(norm(jv), norm(jtu)), self._precision > torch.finfo(jv.dtype).eps
-        allowed = max(_tolerance(jv.dtype), self._precision**0.5) * size
-        self.mismatch = abs(forward - reverse) / size if coarse and size else 0.0
-        if abs(forward - reverse) > allowed:
-            raise ValueError(
-                f"the model's forward-mode and reverse-mode derivatives disagree: ⟨J v, u⟩ = {forward:.6e}, "
-                f"⟨v, Jᵀu⟩ = {reverse:.6e} (difference allowed: {allowed:.1e}"
-                f"{f', for steps of precision {self._precision:.0e} inside' if coarse else ''}); the usual causes are "
-                "torch.no_grad inside the model (use .detach() on what it computes) and a custom autograd function "
-                "whose jvp or backward is wrong; PyTorch's instance norm is wrong before a layer that changes the "
-                "memory layout"
-            )
-        if not torch.equal(jv, self.jvp(v)):
-            raise ValueError("the model's derivative is not the same when it is asked for twice")
-        self._checked = v[0], jv[0]
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps ** 0.5

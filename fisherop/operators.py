@@ -81,7 +81,9 @@ class _ModelOperator(LinearOperator):
         if image is lin.image:
             return self
         if isinstance(model, nn.Module):
-            return type(self)(image, copy.deepcopy(model).to(*args, **kwargs), **lin.options)
+            with torch.inference_mode(False):  # or PyTorch could not differentiate it
+                model = copy.deepcopy(model).to(*args, **kwargs)
+            return type(self)(image, model, **lin.options)
         try:
             return type(self)(image, model, **lin.options)
         except RuntimeError as error:

@@ -42,9 +42,9 @@ class Place(NamedTuple):
 
     def positions(self) -> Tensor:
         """The place in memory of each element, (numel,)."""
-        places = torch.tensor(self.offset)
+        places = torch.tensor(self.offset, device="cpu")
         for n, s in zip(self.shape, self.stride, strict=True):
-            places = places[..., None] + s * torch.arange(n)
+            places = places[..., None] + s * torch.arange(n, device="cpu")
         return places.reshape(-1)
 
 

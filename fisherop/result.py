@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fisherop.jacobian import scaled
+from fisherop.current import warn
+from fisherop.jacobian import counted, scaled
 from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
@@ -245,7 +244,7 @@ def certify(
         ground = ground and f"{ground}, in {v.dtype}"
         details = {name: x for name, x in details.items() if name not in ("lambda_max_upper", "lambda_min_lower")}
         details["against"] = f"judged by products in {operator.dtype}"
-    before = operator.n_products
+    operator = counted(operator)
     n, m = operator.shape[0], operator.jacobian.shape[0]
     index = _check_index(eigenindex, n)
     if v.shape != (n, len(index)):
@@ -297,7 +296,7 @@ def certify(
         status=status,
         tol=tol,
         method=method,
-        n_products=operator.n_products - before,
+        n_products=operator.n_products,
         image_size=n,
         response_size=m,
         lambda_max_bounds=(unit * scale * max(0.0, 1 - margin) ** 2, unit * max(scale, highest)),
@@ -410,11 +409,3 @@ def _status(
     status[is_pair & beyond] = Status.NOT_EXTREME
     status[is_null] = Status.NULL
     return status
-
-
-def warn(message: str) -> None:
-    """As from the line that called this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

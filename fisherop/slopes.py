@@ -298,8 +298,10 @@ def norm(x: Tensor) -> float:
 
 def _beside(image: Tensor, scale: float) -> Tensor:
     """A point near the image, within its range, where no two pixels are alike and none is at a bound."""
-    generator = torch.Generator().manual_seed(20171127)
-    share, towards = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
+    generator = torch.Generator("cpu").manual_seed(20171127)
+    share, towards = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        image.device
+    )
     x = image.detach().double()
     low, high = x.min(), x.max()
     if high == low:

@@ -216,7 +216,9 @@ class Tape:
         if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
             value = value.clone()  # of its own, in case the operation after next changes it in place
             flat = value.resolve_conj().resolve_neg().reshape(-1)
-            flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)  # one element may keep any stride
+            flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(
+                flat
+            )  # one element may keep any stride
             key = value.dtype, value.device, value.shape, flat.view(torch.uint8).numpy().tobytes()
         else:
             key = Place.of(value), value.device

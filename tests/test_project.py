@@ -13,6 +13,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
+    "undisturbed",
     "compat",
     "places",
     "nodes",
@@ -24,6 +25,10 @@ ORDER = [
     "guard",
     "response",
     "slopes",
+    "contents",
+    "programs",
+    "trial",
+    "current",
     "pickles",
     "linearize",
     "jacobian",

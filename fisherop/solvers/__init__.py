@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from fisherop.jacobian import scaled
+from fisherop.jacobian import counted, scaled
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import (
     PROBE_STEPS,
@@ -73,8 +73,8 @@ def eigenpairs(
         ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
         ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
         ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
-        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator`; where F would leave the
-        range of its dtype, it is that of J times a power of two, whose eigenvectors are the same. It returns
+        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator` on the same linearization
+        with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose eigenvectors are the same. It returns
         ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
         dict, goes to ``result.details``. The values are recomputed. Where J is zero, it isn't called.
     tol : float
@@ -131,10 +131,8 @@ def eigenpairs(
         if found is not None:
             state["result"] = found
             return found
-    before = operator.n_products
     stopped: SolverStopped | None = None
     sample: Sample | None = None
-    inner = operator
     # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
     aim = 0.95 * tol
     if solver is not golub_kahan:
@@ -143,7 +141,8 @@ def eigenpairs(
         options["state"] = state
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
-    with progress_bar(operator, name, total, progress):
+    with progress_bar(operator, name, total, progress) as operator:
+        inner = operator
         if solver not in (golub_kahan, exact):  # which take J as it is
             sample = Sample.of(operator, spawned(rng))
             inner = scaled(operator, sample.exponent)
@@ -180,7 +179,7 @@ def eigenpairs(
             against=against,
         )
     judging = 0.0 if against is None else result.n_products
-    result = dataclasses.replace(result, n_products=operator.n_products - before + earlier + judging)
+    result = dataclasses.replace(result, n_products=operator.n_products + earlier + judging)
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
     if stopped is not None or not result.converged.all():
@@ -338,22 +337,16 @@ def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
 
 
 @contextmanager
-def progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[None]:
-    """Count products on the screen, for whatever solver makes them."""
-    lin = operator.linearization
+def progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[FisherOperator]:
+    """The same operator with a count of its own, on the screen, too; a dense J that it computes is the operator's."""
+    own = counted(operator)
     with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
-        listener = lin.on_product
-
-        def on_product(count: float) -> None:
-            bar.update(count)
-            if listener is not None:
-                listener(count)
-
-        lin.on_product = on_product
+        own.linearization.on_product = bar.update
         try:
-            yield
+            yield own
         finally:
-            lin.on_product = listener
+            own.linearization.on_product = None
+            operator.jacobian.dense = own.jacobian.dense
 
 
 def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.jacobian import check_size
+from fisherop.jacobian import check_size, shared
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 
@@ -124,7 +124,7 @@ def golub_kahan(
     lin = operator.linearization
     search = None
     if state is not None:
-        if state.setdefault("linearization", lin) is not lin:
+        if state.setdefault("linearization", shared(lin)) is not shared(lin):
             raise ValueError("state belongs to another operator: pass an empty dict")
         search = state.pop("search", None)
     if len(given.T) or v0 is not None:
@@ -134,6 +134,7 @@ def golub_kahan(
     if search is None:
         rows = torch.as_tensor(given.T, dtype=lin.image.dtype, device=lin.image.device)
         search = _Search(lin, rows, rng, capacity)
+    search.lin = search.main.lin = lin  # the one that counts for this run
     search.ask(top, bottom, tol, maxiter or 10_000, callback)
     try:
         search.find(k if bottom and search.zeros >= k else 1, v0)
@@ -341,7 +342,7 @@ class _Space:
     def ritz(self) -> tuple[NDArray, NDArray, NDArray]:
         """Ritz values, ascending; their residuals C y in W's coordinates (b, m); their vectors y in V's, columns."""
         theta, y = _eigh(self.t)
-        return theta.numpy(), (torch.as_tensor(self.c) @ y).numpy(), y.numpy()
+        return theta.numpy(), (torch.from_numpy(self.c) @ y).numpy(), y.numpy()
 
     def vectors(self, y: NDArray) -> Tensor:
         return self.tensor(y.T) @ self.v
@@ -353,8 +354,8 @@ class _Space:
         [L; C L⁻ᵀ] are Lᵀq, accurate at both ends. For kept vectors Q the residuals of F V Q lie in W − V A⁻¹ Cᵀ,
         orthogonalised to V Q.
         """
-        t, c = torch.as_tensor(self.t), torch.as_tensor(self.c)
-        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype))
+        t, c = torch.from_numpy(self.t), torch.from_numpy(self.c)
+        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype, device=t.device))
         beside = torch.linalg.solve_triangular(factor, c.T, upper=False).T
         z = torch.linalg.svd(torch.cat([factor, beside]), full_matrices=False)[2].T
         kept = torch.linalg.solve_triangular(factor.T, z[:, np.r_[:high, self.m - low : self.m]], upper=True)
@@ -748,7 +749,7 @@ class _Search:
 
 def _eigh(t: NDArray) -> tuple[Tensor, Tensor]:
     # by torch, here and in a restart: NumPy's own threads contend with torch's for the cores, at up to 5 × the time
-    return torch.linalg.eigh(torch.as_tensor(t))
+    return torch.linalg.eigh(torch.from_numpy(t))
 
 
 def _project(block: Tensor, basis: Tensor) -> Tensor:

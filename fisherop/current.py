@@ -1,0 +1,122 @@
+"""Whether a model is still the one that was linearized, and whose products these are where it isn't."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherop.compat import attempt
+from fisherop.contents import Contents
+from fisherop.engines import DoubleBackward, forward_mode, slope_by_backward
+from fisherop.guard import Guard
+from fisherop.response import Response
+from fisherop.slopes import norm
+from fisherop.trial import Trial
+from fisherop.undisturbed import alone
+
+_LOG = logging.getLogger(__name__)
+ROUNDINGS = 32  # by which the same product may differ when it is computed in another way
+
+
+class Current:
+    """Looks at a model before products with it.
+
+    A product of the traced engine reads some tensors of the model as they are and has computed with others before; one
+    by dual numbers runs the model as it is, and Jᵀu the graph of the model as it was. So after a change they may be of
+    neither model. Which it is, is not derived but seen: by the two products that were tried first, once more.
+
+    Parameters
+    ----------
+    contents : Contents
+        Of the model when it was linearized.
+    trial : Trial
+        The products tried, by `engine`.
+    image, response : Tensor
+    """
+
+    def __init__(
+        self, respond: Response, contents: Contents, engine: Any, trial: Trial, image: Tensor, response: Tensor
+    ) -> None:
+        self._respond, self._contents, self._engine = respond, contents, engine
+        self._trial, self._image, self._response = trial, image, response
+        self._stale: str | None = None
+
+    def check(self, *, thoroughly: bool = False) -> None:
+        """Look at the identity, the place and the version of tensors, or at everything that `Contents` reaches.
+
+        Raises
+        ------
+        RuntimeError
+            The model has changed, and products may be neither of the model as it was nor of the model as it is.
+
+        Warns
+        -----
+        RuntimeWarning
+            The model has changed, and products are still of the model as it was; once for each change.
+        """
+        if thoroughly or self._contents.moved():
+            alone(self._look_again, self._image.device)
+        if self._stale is not None:
+            raise RuntimeError(self._stale)
+
+    def _look_again(self, last: list[Callable]) -> None:
+        contents = Contents(self._respond.model)
+        changed = contents.changes(self._contents)
+        if not changed:
+            self._contents = contents
+            return
+        last.append(Guard(self._respond.model).restore)
+        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        what = f"the model has changed since it was linearized (in {names})"
+        stale = warning = None
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._agrees(self._multiplied, self._trial.jv, self._trial.jtu):
+                stale = (
+                    f"{what}, so that products by the {type(self._engine).__name__} engine may be neither of the "
+                    "model as it was nor of the model as it is: linearize it again"
+                )
+            elif not self._agrees(self._differentiated, self._response.flatten(), self._trial.jv[0]):
+                warning = (
+                    f"{what}; products are still of the model as it was: linearize it again for those of the model as "
+                    "it is"
+                )
+        self._contents, self._stale = contents, stale
+        if warning is not None:
+            warn(warning)
+
+    def _multiplied(self) -> tuple[Tensor, Tensor]:
+        return self._engine.jvp(self._trial.v), self._engine.vjp(self._trial.u)
+
+    def _differentiated(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self._engine, DoubleBackward):
+            return self._respond(self._image), slope_by_backward(self._respond, self._image, self._trial.v[0])
+        return forward_mode(self._respond, self._image, self._trial.v[0])
+
+    def _agrees(self, compute: Callable[[], tuple[Tensor, Tensor]], *expected: Tensor) -> bool:
+        """Whether these are what they were, but for rounding; not where computing them fails."""
+        error = self._trial.error if math.isfinite(self._trial.error) else 0.0
+        allowed = ROUNDINGS * max(torch.finfo(self._image.dtype).eps, error)
+        try:
+            with attempt():
+                found = compute()
+                return all(
+                    norm(a.flatten() - b.flatten()) <= allowed * norm(b) for a, b in zip(found, expected, strict=True)
+                )
+        except Exception as error:  # whatever a changed model raises, and PyTorch where tensors of a graph have changed
+            _LOG.info("with the model as it is: %s", error)
+            return False
+
+
+def warn(message: str) -> None:
+    """As from the line that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -1,0 +1,119 @@
+"""Operators and models that several threads use at the same time."""
+
+import concurrent.futures
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, linear_operator, small_image, small_model
+from kinds import flat
+
+from fisherop import Eigendistortion, certify, eigenpairs, linearize
+from fisherop.engines import ENGINES
+from fisherop.testing import matrix_with_singular_values
+
+
+def operator(n=60, seed=0):
+    return linear_operator(matrix_with_singular_values(0.8 ** np.arange(n), n + 5, n, rng=seed))
+
+
+def together(count, function):
+    """Results of calls that begin at the same time."""
+    barrier = threading.Barrier(count)
+
+    def begin(i):
+        barrier.wait()
+        return function(i)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+@pytest.mark.parametrize("method", ["golub_kahan", "exact", "power", "lobpcg"])
+def test_each_search_counts_its_own_products(method):
+    options = {"method": method, "rng": 0, "progress": True, "tol": 1e-3, "on_failure": "warn"}
+    alone = eigenpairs(operator(), which="largest", **options)
+    shared = operator()
+    heard = []
+    shared.linearization.on_product = heard.append
+    results = together(4, lambda _: eigenpairs(shared, which="largest", **options))
+    assert [result.n_products for result in results] == [alone.n_products] * 4
+    assert shared.n_products == sum(heard) == 4 * alone.n_products
+    assert shared.linearization.on_product == heard.append
+    for result in results:
+        np.testing.assert_array_equal(result.eigenvectors, alone.eigenvectors)
+
+
+def test_searches_of_several_kinds_and_certificates_at_once():
+    shared = operator()
+    vectors = eigenpairs(operator(), which="largest", rng=0, progress=False).eigenvectors
+    calls = [
+        lambda F: eigenpairs(F, method="golub_kahan", rng=0, progress=False),
+        lambda F: eigenpairs(F, which="largest", method="power", rng=0, progress=False),
+        lambda F: certify(F, vectors, [0]),
+        lambda F: eigenpairs(F.jacobian, 2, which="largest", method="eigsh", rng=0, progress=False),
+    ]
+    alone = [call(operator()) for call in calls]
+    before = shared.n_products
+    results = together(4, lambda i: calls[i](shared))
+    assert [result.n_products for result in results] == [result.n_products for result in alone]
+    assert shared.n_products - before == sum(result.n_products for result in results)
+    for one, other in zip(results, alone, strict=True):
+        np.testing.assert_array_equal(one.eigenvalues, other.eigenvalues)
+
+
+def test_totals_lose_nothing():
+    """An increment of an attribute is a read and a write."""
+    lin = operator().linearization
+    v = torch.ones(1, *lin.image_shape, dtype=torch.float64)
+
+    def multiply(_):
+        for _ in range(200):
+            lin.vjp(lin.jvp(v))
+
+    together(4, multiply)
+    assert (lin.n_jvp, lin.n_vjp) == (800, 800)
+
+
+def test_a_search_goes_on_with_the_count_of_its_own():
+    shared, state = operator(), {}
+    first = eigenpairs(shared, tol=1e-2, rng=0, progress=False, state=state, method="golub_kahan")
+    shared.jacobian.matvec(np.ones(60))
+    second = eigenpairs(shared, tol=1e-8, rng=0, progress=False, state=state, method="golub_kahan")
+    once = eigenpairs(operator(), tol=1e-8, rng=0, progress=False, method="golub_kahan")
+    assert first.n_products < second.n_products <= once.n_products + 12
+    with pytest.raises(ValueError, match="another operator"):
+        eigenpairs(operator(), rng=0, progress=False, state=state, method="golub_kahan")
+
+
+def test_a_dense_jacobian_is_kept():
+    F = operator()
+    assert F.jacobian.dense is None
+    eigenpairs(F, method="exact", progress=False)
+    assert F.jacobian.dense is not None
+    before = F.n_products
+    F.jacobian.to_dense()
+    assert F.n_products == before
+    ed = Eigendistortion(small_image(), small_model())
+    assert ed.compute_jacobian(progress=False) is not None and ed.jacobian is not None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_module_is_linearized_and_multiplied_by_all(engine):
+    model = small_model()
+    truth = torch.autograd.functional.jacobian(lambda x: flat(model(x)), small_image()).reshape(-1, 48)
+    lin = linearize(small_image(), model, engine=engine)
+    v = torch.randn(5, *lin.image_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def use(i):
+        for k in (1, 3, 4, 5):
+            for one in (lin, linearize(small_image(), model, engine=engine)) if i % 2 else (lin,):
+                assert_close(one.jvp(v[:k]), v[:k].flatten(1) @ truth.T, torch.float64)
+                assert_close(one.vjp(one.jvp(v[:k])).flatten(1), v[:k].flatten(1) @ truth.T @ truth, torch.float64)
+        return True
+
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert all(together(4, use))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
