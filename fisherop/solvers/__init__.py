@@ -74,9 +74,10 @@ def eigenpairs(
         ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
         ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
         ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator` on the same linearization
-        with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose eigenvectors are the same. It returns
-        ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k); a third item, a
-        dict, goes to ``result.details``. The values are recomputed. Where J is zero, it isn't called.
+        with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose
+        eigenvectors are the same. It returns ``(values, vectors)`` by descending value, the vectors in columns (N, k),
+        for "both" (N, 2 k); a third item, a dict, goes to ``result.details``. The values are recomputed. Where J is
+        zero, it isn't called.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
