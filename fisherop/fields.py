@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -164,7 +165,8 @@ def check_common(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> int:
 def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None:
     """Raise ValueError, which names the field, unless `certify` can have given these fields for an image like that."""
     n = check_common(path, fields)
-    check_types(path, fields, RESULT, {"N": n})
+    lengths = [len(fields[name]) for name in _K_FIELDS if name in fields and fields[name].ndim]
+    check_types(path, fields, RESULT, {"N": n} | ({"K": statistics.mode(lengths)} if lengths else {}))
     values, residuals, noise = fields["eigenvalues"], fields["residual_norms"], fields["noise"]
     for name in ("eigenvalues", "residual_norms", "n_products", "noise", "response_fingerprint"):
         array = fields[name]

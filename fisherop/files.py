@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,7 +26,8 @@ from fisherop.linearize import Linearization
 from fisherop.result import EigenResult, Status
 
 _FORMAT = 1  # the highest that is read
-_PART = 2**20  # elements of a response, or bytes of a file, at a time
+_PART = 2**16  # elements of a response at a time
+_PIECE = 2**20  # bytes of a file at a time
 
 
 def write(path: str | os.PathLike, fields: Mapping[str, ArrayLike]) -> None:
@@ -79,12 +81,13 @@ def unpack(path: str | os.PathLike, kind: str, check: Callable[[Mapping[str, Hea
         if not {"format", "checksum"} <= set(names):
             raise ValueError(f"{path} is no {kind}: it holds {', '.join(names[:30]) or 'nothing'}")
         with _damage(path):
-            if len(set(names)) < len(names) or sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
-                raise ValueError("its parts overlap")
             headers = {name: _header(archive, member) for name, member in zip(names, members, strict=True)}
+            if len(headers) < len(names) or sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its parts overlap")
             _check_format(path, archive, headers)
         known = {name: header for name, header in headers.items() if name not in ("format", "checksum")}
         check(known)
+        file.most = sys.maxsize - 1  # one long text is one piece, and all sizes are known to fit
         with _damage(path):
             fields = {name: _array(archive, name) for name in known}
             right = headers["checksum"].nbytes <= 1024 and _array(archive, "checksum")
@@ -96,9 +99,11 @@ def unpack(path: str | os.PathLike, kind: str, check: Callable[[Mapping[str, Hea
 class _Pieces(io.BufferedReader):
     """A file that is read in small pieces, so that no length that it states costs memory before it is checked."""
 
+    most = _PIECE
+
     def read(self, size: int | None = -1) -> bytes:
-        piece = super().read(_PART + 1 if size is None or size < 0 else min(size, _PART + 1))
-        if len(piece) > _PART:
+        piece = super().read(self.most + 1 if size is None or size < 0 else min(size, self.most + 1))
+        if len(piece) > self.most:
             raise ValueError("its directory is not where it should be, or too long")
         return piece
 
@@ -256,7 +261,7 @@ def _checksum(arrays: Mapping[str, NDArray]) -> str:
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         rows = np.atleast_1d(array)
-        step = max(1, _PART * len(rows) // max(1, rows.nbytes))  # so that copies are small
+        step = max(1, _PIECE * len(rows) // max(1, rows.nbytes))  # so that copies are small
         for i in range(0, len(rows), step):
             digest.update(np.ascontiguousarray(rows[i : i + step]).reshape(-1).view(np.uint8))
     return digest.hexdigest()
