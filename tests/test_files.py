@@ -477,5 +477,10 @@ def test_load_takes_no_more_than_twice_what_it_returns(tmp_path, dtype):
     assert held <= now <= 1.1 * held and peak <= 2 * held
 
 
-def test_details_are_json(saved, ed):
-    assert json.loads(fields_of(saved)["details"].item())["restarts"] == ed.result.details["restarts"]
+def test_long_details(saved, ed):
+    """Of a long search; one text is one piece of the file."""
+    fields = fields_of(saved)
+    details = json.loads(fields["details"].item())
+    assert details["restarts"] == ed.result.details["restarts"]
+    put(saved, fields | {"details": np.array(json.dumps(details | {"more": "x" * 10**6}))})
+    assert len(linear().load(saved).result.details["more"]) == 10**6

@@ -87,7 +87,7 @@ def test_a_loop_over_images_stops_and_goes_on():
         for _ in range(3):
             ed = distortion()
             done.append(ed)
-            interrupted(ed, 40)
+            interrupted(ed, 25)
             ed.synthesize("golub_kahan", on_failure="warn", rng=0, progress=False)
     (ed,) = done
     partial, spent = ed.result, ed.operator.n_products
@@ -97,21 +97,21 @@ def test_a_loop_over_images_stops_and_goes_on():
     cold = distortion()
     before = cold.operator.n_products
     cold.synthesize("golub_kahan", rng=0, progress=False)
-    assert ed.operator.n_products - spent <= cold.operator.n_products - before - 35
+    assert ed.operator.n_products - spent <= cold.operator.n_products - before - 20
     assert_right(ed, 1)
 
 
 def test_a_second_one_ends_at_once():
     """While the certificate is computed: the result stays as it was, and the search goes on."""
     ed = distortion()
-    interrupted(ed, 40, again=10)
+    interrupted(ed, 25, again=10)
     with pytest.raises(KeyboardInterrupt):
         ed.synthesize("golub_kahan", rng=0, progress=False)
     assert ed.result is None and "search" in ed._state
     before = ed.operator.n_products
     ed.synthesize("golub_kahan", rng=0, progress=False)
     assert_right(ed, 1)
-    assert ed.result.n_products > ed.operator.n_products - before + 35
+    assert ed.result.n_products > ed.operator.n_products - before + 20
 
 
 def test_in_the_last_certificate_it_is_computed_once_more():
@@ -242,7 +242,8 @@ lin, start = ed.operator.linearization, ed.operator.n_products
 sent = []
 def on_product(_):
     if not sent and lin.n_products - start >= 20:
-        sent.append(signal.raise_signal(signal.SIGINT))
+        sent.append(1)
+        signal.raise_signal(signal.SIGINT)
 lin.on_product = on_product
 ed.synthesize("golub_kahan", rng=0)
 """
