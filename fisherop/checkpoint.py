@@ -102,8 +102,7 @@ class Checkpoint:
             name: np.asarray(value, _FIELDS[name].dtype if name != "which" else str)
             for name, value in self.asked.items()
         }
-        k = 2 * int(self.asked["k"])
-        sizes = {"N": lin.image_size, "K": k, "f": k} | dict.fromkeys("mbrq", capacity)
+        sizes = dict.fromkeys("Nmbrqf", lin.image_size) | {"K": 2 * int(self.asked["k"])}
         table = _FIELDS | {"image": Field(None, ("N",)), "versions": Field(TEXT, (None,))}
 
         def check(headers: Mapping[str, Header]) -> None:

@@ -72,7 +72,7 @@ def test_any_phase_goes_on(tmp_path, dtype, tol, options):
         ed = distortion(dtype)
         more = cost(ed, k=3, rng=7, tol=tol, checkpoint=path, **options)
         assert spent + more <= 1.1 * total + 2
-        assert abs(ed.result.n_products - spent - more) <= 3
+        assert 0 <= spent + more - ed.result.n_products <= 9  # since the last step that was written
         assert ed.result.converged.all() and not path.exists()
         np.testing.assert_allclose(ed.result.eigenvalues, whole.result.eigenvalues, atol=9 * tol)
         counts = [entry["n_products"] for entry in ed.result.details["history"]]
@@ -85,7 +85,9 @@ import os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = [sys.argv[1]]
+import fisherop.checkpoint
 from test_checkpoint import distortion
+fisherop.checkpoint._RARELY = 1  # for a disk that is slow beside these products
 ed = distortion()
 lin, start, end = ed.operator.linearization, ed.operator.n_products, float(sys.argv[3])
 def on_product(_):
@@ -249,7 +251,7 @@ def alterations(name, x):
         yield "negative", -1 - x
         if name not in ("restarts", "probes", "seen", "is_restarted"):
             yield "huge", x + 2**62
-    elif x.size:
+    elif x.dtype.kind == "f" and x.size:
         for value in (np.nan, np.inf):
             y = x.copy()
             y[(0,) * x.ndim] = value
