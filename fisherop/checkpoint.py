@@ -277,6 +277,8 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
             raise wrong(path, name, f"must be from 1 to N, not {fields[name]}")
     if not np.allclose(fields["t"], fields["t"].T, rtol=1e-9, atol=1e-9 * np.abs(fields["t"]).max(initial=0.0)):
         raise wrong(path, "t", "is not symmetric")
+    if fields["is_restarted"] not in (0, 1):
+        raise wrong(path, "is_restarted", f"must be 0 or 1, not {fields['is_restarted']}")
     if m and not fields["scale"] > 0:
         raise wrong(path, "scale", "is zero")
     for name in ("found_values", "fixed_values"):
