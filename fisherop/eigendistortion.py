@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +11,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fisherop.checkpoint import keeping
 from fisherop.files import check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
-from fisherop.pickles import check_picklable
+from fisherop.pickles import BuiltAnew
 from fisherop.result import EigenResult
 from fisherop.solvers import eigenpairs, progress_bar, transfer
+from fisherop.thresholds import amplitudes_at_threshold, change_along
 
 
-class Eigendistortion:
+class Eigendistortion(BuiltAnew):
     """The extreme eigenvectors of a model's Fisher information at an image, as images.
 
     Parameters
@@ -58,7 +58,10 @@ class Eigendistortion:
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
-        self._products = {"engine": engine, "chunk_size": chunk_size}
+        self._build(image, model, {"engine": engine, "chunk_size": chunk_size})
+
+    def _build(self, image: Tensor, model: Callable[[Tensor], Any], products: dict[str, Any]) -> None:
+        self._products = products
         self.operator = FisherOperator(image, model, **self._products)
         self.model = model
         self.result: EigenResult | None = None
@@ -82,6 +85,8 @@ class Eigendistortion:
         rng: int | np.random.Generator | None = None,
         progress: bool = True,
         on_failure: str = "raise",
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_seconds: float = 60.0,
         **options: Any,
     ) -> Eigendistortion:
         """Find the eigendistortions.
@@ -90,6 +95,9 @@ class Eigendistortion:
         where what is there holds all that is asked for, at a larger tol or for fewer. Else it goes on from its Krylov
         basis, for more, for a smaller tol, or after an interrupt or too few iterations; for when it can't, see `state`
         in `fisherop.solvers.golub_kahan`. The object holds that basis; a new one begins anew, with its own `rng`.
+
+        After Ctrl-C what ``"golub_kahan"`` has found so far is certified and kept in `result`, unless an earlier one
+        has more converged pairs; a second Ctrl-C ends at once. Of other methods nothing is kept.
 
         Parameters
         ----------
@@ -105,6 +113,13 @@ class Eigendistortion:
             The ends; by default both, and the largest with ``"randomized_svd"``, which finds no other.
         tol : float, optional
             As in `eigenpairs`, 1e-6 by default. `stop_criterion` is an older name for it.
+        checkpoint : str or path-like, optional
+            A file for the search, for a process that may be killed. The next call with the same image, model and
+            arguments, in another process, too, goes on from it, with the random stream that it holds. It takes as much
+            as the basis, and is removed when the search is over; an interrupt, or too few iterations, leaves it. For
+            ``"golub_kahan"`` alone, which ``"auto"`` then takes, without `v0` and `orthogonal_to`.
+        checkpoint_seconds : float
+            From one write to the next; longer where writes would take more than 5 % of the time.
         rng, progress, on_failure, **options
             As in `eigenpairs`.
 
@@ -117,6 +132,13 @@ class Eigendistortion:
         ------
         ConvergenceError
             Not everything converged; the object is unchanged, and what was found is in the error's ``result``.
+        ValueError
+            An argument can't be used, or the file at `checkpoint` is damaged or belongs to another image, model or
+            search; the message says what differs.
+        OSError
+            The checkpoint can't be written; the search stays in the object.
+        KeyboardInterrupt
+            Ctrl-C was pressed, see above.
         """
         if tol is not None and stop_criterion is not None:
             raise ValueError(f"tol={tol:g} and stop_criterion={stop_criterion:g} mean the same: give one of them")
@@ -127,19 +149,25 @@ class Eigendistortion:
         if which is None:
             which = "largest" if method == "randomized_svd" else "both"
         self._state |= {"linearization": self.operator.linearization, "result": self.result}
-        self.result = eigenpairs(
-            self.operator,
-            k,
-            which,
-            method=method,
-            tol=tolerance,
-            maxiter=max_iter,
-            rng=rng,
-            progress=progress,
-            on_failure=on_failure,
-            state=self._state,
-            **options,
-        )
+        asked = {"k": k, "which": which, "tol": tolerance}
+        try:
+            with keeping(self._state, checkpoint, checkpoint_seconds, method, asked, options) as method:
+                self.result = eigenpairs(
+                    self.operator,
+                    k,
+                    which,
+                    method=method,
+                    tol=tolerance,
+                    maxiter=max_iter,
+                    rng=rng,
+                    progress=progress,
+                    on_failure=on_failure,
+                    state=self._state,
+                    **options,
+                )
+        except KeyboardInterrupt:
+            self.result = self._state["result"]
+            raise
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Eigendistortion:
@@ -205,9 +233,7 @@ class Eigendistortion:
             Nothing has been synthesized yet.
         """
         result = self._found()
-        seen = result.eigenvalues > 4 * result.noise**2 * result.lambda_max_bounds[0]
-        amplitudes = np.full(len(seen), np.inf)
-        amplitudes[seen] = result.eigenvalues[seen] ** -0.5
+        amplitudes = amplitudes_at_threshold(result)
         return amplitudes, amplitudes / result.image_size**0.5
 
     def response_change(self, index: int, scale: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -236,18 +262,11 @@ class Eigendistortion:
         IndexError
             There is no such distortion.
         """
-        result, lin = self._found(), self.operator.linearization
+        result = self._found()
         if not -len(result.eigenvalues) <= index < len(result.eigenvalues):
             raise IndexError(f"index is {index}, but there are {len(result.eigenvalues)} eigendistortions")
-        scale = np.asarray(scale, dtype=np.float64)
-        direction = self.operator.to_tensors(result.eigenvectors[:, [index]])[0]
-        change = [
-            torch.linalg.vector_norm(
-                (lin.respond(lin.image + step * direction) - lin.response.flatten()).double()
-            ).item()
-            for step in scale.flatten().tolist()
-        ]
-        return result.eigenvalues[index] ** 0.5 * np.abs(scale), np.reshape(change, scale.shape)
+        actual = change_along(self.operator, result.eigenvectors[:, index], scale)
+        return result.eigenvalues[index] ** 0.5 * np.abs(np.asarray(scale, dtype=np.float64)), actual
 
     def _found(self) -> EigenResult:
         if self.result is None:
@@ -297,7 +316,7 @@ class Eigendistortion:
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        self._take(path, read(path))
+        self._take(path, read(path, self.image))
         return self
 
     @classmethod
@@ -364,34 +383,3 @@ class Eigendistortion:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self.image.device)
-
-    def __reduce__(self) -> tuple:
-        check_picklable(self.model, "an Eigendistortion", "save(path), then Eigendistortion.from_file(path, model)")
-        return self._parts()
-
-    def _parts(self) -> tuple:
-        built = ("operator", "model", "_products", "_state")
-        rest = {name: value for name, value in vars(self).items() if name not in built}
-        return _rebuild, (type(self), self.image, self.model, self._products), rest
-
-    def __setstate__(self, rest: dict[str, Any]) -> None:
-        vars(self).update(rest)
-        if self.result is not None:
-            self.result = dataclasses.replace(self.result)  # its arrays are read-only again
-
-    def __copy__(self) -> Eigendistortion:
-        new = type(self).__new__(type(self))
-        vars(new).update(vars(self), _state={})  # a search belongs to one object
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Eigendistortion:
-        _, args, rest = self._parts()  # a model that can't be pickled may be copied all the same
-        new = memo[id(self)] = _rebuild(*copy.deepcopy(args, memo))
-        new.__setstate__(copy.deepcopy(rest, memo))
-        return new
-
-
-def _rebuild(kind: type, image: Tensor, model: Callable[[Tensor], Any], products: dict[str, Any]) -> Eigendistortion:
-    new = kind.__new__(kind)
-    Eigendistortion.__init__(new, image, model, **products)  # whatever a subclass's own takes
-    return new

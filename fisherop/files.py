@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
-import pathlib
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,76 +19,141 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import fisherop
+from fisherop.atomic import replacing
+from fisherop.fields import RESULT, TEXT, Header, check_image, check_result, check_result_sizes
 from fisherop.linearize import Linearization
 from fisherop.result import EigenResult, Status
 
 _FORMAT = 1  # the highest that is read
+_PART = 2**16  # elements of a response at a time
+_PIECE = 2**20  # bytes of a file at a time
 
 
 def write(path: str | os.PathLike, fields: Mapping[str, ArrayLike]) -> None:
     """Write arrays, with the versions of the libraries and a checksum; `path` holds the old file or the new one."""
     arrays = {name: np.asarray(value) for name, value in fields.items()} | {"versions": np.array(versions())}
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, format=np.array(_FORMAT), checksum=np.array(_checksum(arrays)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez(file, format=np.array(_FORMAT), checksum=np.array(_checksum(arrays)), **arrays)
 
 
-def read(path: str | os.PathLike) -> dict[str, NDArray]:
-    """The arrays of a file, as `write` was given them, and "versions".
+def read(path: str | os.PathLike, image: Tensor | None = None) -> dict[str, NDArray]:
+    """The fields of a file of eigendistortions, as `write` was given them, and "versions"; each is what it must be.
+
+    Parameters
+    ----------
+    path : str or path-like
+    image : Tensor, optional
+        The image, where it is known: no more is read than belongs to an image of that size.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, of another kind or of a newer format, or a field, which the message names, can't be right.
+    """
+    fields = unpack(path, "file of eigendistortions", lambda headers: check_result_sizes(path, headers, image))
+    check_result(path, fields)
+    return fields
+
+
+def unpack(path: str | os.PathLike, kind: str, check: Callable[[Mapping[str, Header]], None]) -> dict[str, NDArray]:
+    """The arrays of a file by `write`. `check` sees their types and shapes before they are read, and may raise.
+
+    Nothing is decompressed, since `write` compresses nothing: no more is read than the file takes on the disk.
 
     Raises
     ------
     ValueError
         The file is damaged, of another kind or of a newer format.
     """
-    with open(path, "rb") as file:
-        start = file.read(4)
-        file.seek(0)
-        if not b"PK\3\4".startswith(start):
-            raise ValueError(f"{path} is no file of eigendistortions: it is no .npz file")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                fields, names = {}, archive.namelist()
-                by_torch = any(name.endswith("/data.pkl") for name in names)
-                for name in [] if by_torch else names:
-                    with archive.open(name) as part:
-                        fields[name.removesuffix(".npy")] = np.lib.format.read_array(part, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged or was cut short, so that nothing was loaded: {error}") from error
-    if by_torch:
-        raise ValueError(
-            f"{path} is no file of eigendistortions by fisherop: torch.save wrote it, as plenoptic does. Open it with "
-            "plenoptic; fisherop.certify judges the distortions that it holds"
-        )
-    version = fields.pop("format", None)
-    if version is None or "checksum" not in fields:
-        raise ValueError(f"{path} is no file of eigendistortions: it holds {', '.join(fields) or 'nothing'}")
-    if version.ndim or version.dtype.kind != "i" or version < 1:
-        raise ValueError(f"{path} is damaged: its format is {version!r}")
-    if version > _FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this version of fisherop reads up to {_FORMAT}: update fisherop"
-        )
-    if fields.pop("checksum") != _checksum(fields):
-        raise ValueError(f"{path} is damaged: its checksum doesn't fit what it holds")
+    with _Pieces(io.FileIO(os.fspath(path))) as file:
+        if not b"PK\3\4".startswith(file.read(4)):
+            raise ValueError(f"{path} is no {kind}: it is no .npz file")
+        with _damage(path):
+            archive = zipfile.ZipFile(file)
+            members = archive.infolist()
+        if any(member.filename.endswith("/data.pkl") for member in members):
+            raise ValueError(
+                f"{path} is no {kind} by fisherop: torch.save wrote it, as plenoptic does. Open it with "
+                "plenoptic; fisherop.certify judges the distortions that it holds"
+            )
+        names = [member.filename.removesuffix(".npy") for member in members]
+        if not {"format", "checksum"} <= set(names):
+            raise ValueError(f"{path} is no {kind}: it holds {', '.join(names[:30]) or 'nothing'}")
+        with _damage(path):
+            headers = {name: _header(archive, member) for name, member in zip(names, members, strict=True)}
+            if len(headers) < len(names) or sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its parts overlap")
+            _check_format(path, archive, headers)
+        known = {name: header for name, header in headers.items() if name not in ("format", "checksum")}
+        check(known)
+        file.most = os.fstat(file.fileno()).st_size  # one long text is one piece, and all sizes are known to fit
+        with _damage(path):
+            fields = {name: _array(archive, name) for name in known}
+            right = headers["checksum"].nbytes <= 1024 and _array(archive, "checksum")
+        if right.shape or right.dtype.kind != "U" or right != _checksum(fields):
+            raise ValueError(f"{path} is damaged: its checksum doesn't fit what it holds")
     return fields
+
+
+class _Pieces(io.BufferedReader):
+    """A file that is read in small pieces, so that no length that it states costs memory before it is checked."""
+
+    most = _PIECE
+
+    def read(self, size: int | None = -1) -> bytes:
+        piece = super().read(self.most + 1 if size is None or size < 0 else min(size, self.most + 1))
+        if len(piece) > self.most:
+            raise ValueError("its directory is not where it should be, or too long")
+        return piece
+
+
+class _OfFormat(ValueError):
+    """Of which the message is complete."""
+
+
+@contextlib.contextmanager
+def _damage(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except _OfFormat as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # of whatever kind the parsers trip over
+        raise ValueError(f"{path} is damaged or was cut short, so that nothing was loaded: {error}") from error
+
+
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        raise ValueError(f"{member.filename} is compressed, and save compresses nothing")
+    with archive.open(member) as part:
+        if np.lib.format.read_magic(part) != (1, 0):
+            raise ValueError(f"{member.filename} is no array")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(part)
+        header = Header(dtype, shape)
+        if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
+            raise ValueError(f"{member.filename} holds {dtype} of shape {shape}")
+        if part.tell() + header.nbytes != member.file_size:
+            raise ValueError(f"{member.filename} has {member.file_size} bytes, not {part.tell() + header.nbytes}")
+    return header
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> NDArray:
+    with archive.open(f"{name}.npy") as part:
+        return np.lib.format.read_array(part, allow_pickle=False)
+
+
+def _check_format(path: str | os.PathLike, archive: zipfile.ZipFile, headers: Mapping[str, Header]) -> None:
+    header = headers["format"]
+    version = _array(archive, "format") if header.nbytes <= 1024 else header
+    if header.shape or header.dtype.kind != "i" or version < 1:
+        raise _OfFormat(f"{path} is damaged: its format is {version!r}")
+    if version > _FORMAT:
+        raise _OfFormat(f"{path} has format {version}, this version of fisherop reads up to {_FORMAT}: update fisherop")
 
 
 def check_same(path: str | os.PathLike, fields: Mapping[str, NDArray], image: Tensor, response: Tensor) -> None:
     """Raise ValueError unless a file belongs to this image and to a model with this response to it."""
     stored, own = fields["image"], image.cpu().numpy()
-    if (stored.shape, stored.dtype) != (own.shape, own.dtype):
-        raise ValueError(
-            f"{path} holds the eigendistortions of an image {stored.shape} of {stored.dtype}, this one is "
-            f"{own.shape} of {own.dtype}: use Eigendistortion.from_file(path, model)"
-        )
+    check_image(path, stored, image)
     if not np.array_equal(stored, own):
         raise ValueError(
             f"{path} holds the eigendistortions of another image, which differs from this one by up to "
@@ -134,10 +199,15 @@ def fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
 
     This is the CountSketch of M. Charikar, K. Chen and M. Farach-Colton, Finding frequent items in data streams, 2002.
     """
-    flat = response.detach().cpu().double().flatten().numpy()
-    rng = np.random.default_rng(256)
-    groups, signs = rng.integers(size, size=len(flat)), rng.choice([-1.0, 1.0], len(flat))
-    return np.bincount(groups, signs * flat, size)
+    parts = response.detach().flatten().split(_PART)
+    groups, signs = (np.random.default_rng(256) for _ in range(2))
+    for part in parts:
+        signs.integers(size, size=len(part))  # the signs are drawn after all groups
+    sums = np.zeros(size)
+    for part in parts:
+        values = signs.choice([-1.0, 1.0], len(part)) * part.cpu().double().numpy()
+        sums += np.bincount(groups.integers(size, size=len(part)), values, size)
+    return sums
 
 
 def contents(result: EigenResult, lin: Linearization, kind: type, model: Any) -> dict[str, ArrayLike]:
@@ -154,6 +224,11 @@ def contents(result: EigenResult, lin: Linearization, kind: type, model: Any) ->
 
 def _result_to(result: EigenResult) -> dict[str, ArrayLike]:
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    # of the same types on every machine
+    numbers = {
+        name: field.dtype for name, field in RESULT.items() if name in fields and field.dtype not in (None, TEXT)
+    }
+    fields |= {name: np.asarray(fields[name], dtype) for name, dtype in numbers.items()}
     fields["status"] = result.status.astype(str)
     fields["details"] = json.dumps(dict(result.details), default=_to_list)
     return fields
@@ -176,6 +251,7 @@ def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
         fields[name] = tuple(fields[name].tolist())
     fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
     fields["details"] = json.loads(fields["details"])
+    fields["eigenindex"] = fields["eigenindex"].astype(np.intp)
     return EigenResult(**fields)
 
 
@@ -183,5 +259,8 @@ def _checksum(arrays: Mapping[str, NDArray]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        rows = np.atleast_1d(array)
+        step = max(1, _PIECE * len(rows) // max(1, rows.nbytes))  # so that copies are small
+        for i in range(0, len(rows), step):
+            digest.update(np.ascontiguousarray(rows[i : i + step]).reshape(-1).view(np.uint8))
     return digest.hexdigest()

@@ -165,7 +165,7 @@ def examine(path: str | os.PathLike) -> None:
     fields = read(path)
     here = dict(text.split(" ", 1) for text in versions())
     saved = dict(text.split(" ", 1) for text in fields.pop("versions").tolist())
-    metadata = {f"{name} version": f"{saved[name]} (installed: {here[name]})" for name in saved}
+    metadata = {f"{name} version": f"{saved[name]} (installed: {here.get(name, 'no')})" for name in saved}
     metadata["Saved object type"] = _shown(str(fields.pop("object", "?")))
     _print_section("Metadata", metadata)
     shapes = f"{fields['image'].shape} -> {tuple(np.atleast_1d(fields.pop('response_shape', '?')).tolist())}"

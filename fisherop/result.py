@@ -17,6 +17,7 @@ from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
 _RITZ = 6  # times the noise: of the entries of a tridiagonal T, which are products with F, three in a row
+_SLAB = 2**14  # rows at a time
 
 
 class Status(str, Enum):
@@ -246,10 +247,10 @@ def certify(
         details["against"] = f"judged by products in {operator.dtype}"
     operator = counted(operator)
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    index = _check_index(eigenindex, n)
+    index = check_index(eigenindex, n)
     if v.shape != (n, len(index)):
         raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
-    norms = _check_orthonormal(v, eps)
+    norms = check_orthonormal(v, eps)
 
     sample = sample or Sample.of(operator, spawned(rng))
     operator = scaled(operator, sample.exponent)
@@ -332,7 +333,8 @@ def spawned(rng: int | np.random.Generator | None) -> np.random.Generator:
         raise TypeError(f"rng must be a seed or a Generator by numpy.random.default_rng, got {rng!r}") from error
 
 
-def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
+def check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
+    """Indices from 0, by ascending value; ValueError unless they run from one end of 0 … n − 1, or both."""
     index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
     if len(index) and not (index[0] >= 0 and index[-1] < n and (np.diff(index) > 0).all()):
         raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
@@ -345,10 +347,14 @@ def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
     return index
 
 
-def _check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
+def check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
+    """The norms of columns (N, K); ValueError unless these are orthonormal."""
     if not np.isfinite(v).all():
         raise ValueError("vectors hold NaN or infinity")
-    gram = v.T.astype(np.float64) @ v.astype(np.float64)
+    gram = np.zeros((v.shape[1], v.shape[1]))
+    for i in range(0, len(v), _SLAB):  # of which copies in float64 are small
+        slab = v[i : i + _SLAB].astype(np.float64)
+        gram += slab.T @ slab
     deviation = np.abs(gram - np.eye(len(gram))).max(initial=0.0)
     if deviation > 1000 * eps:
         raise ValueError(

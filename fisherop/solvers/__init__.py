@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from fisherop.jacobian import counted, scaled
 from fisherop.operators import FisherOperator, JacobianOperator
@@ -33,6 +31,7 @@ from fisherop.solvers.golub_kahan import golub_kahan
 from fisherop.solvers.lobpcg import lobpcg
 from fisherop.solvers.power import power
 from fisherop.solvers.primme import primme
+from fisherop.solvers.progress import progress_bar
 from fisherop.solvers.randomized_svd import randomized_svd
 from fisherop.solvers.svds import svds
 
@@ -92,7 +91,7 @@ def eigenpairs(
     state : dict, optional
         For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
         Where the last result holds all that is asked for, to `tol` or a smaller one, and there are no options, nothing
-        is searched; else the search goes on.
+        is searched; else the search goes on. After Ctrl-C ``state["result"]`` holds what was found, certified.
     against : torch.dtype or FisherOperator, optional
         Whose products judge what was found, as in `certify`: with ``torch.float64``, those of a copy of the model in
         that precision, one linearization and as many products as there are pairs.
@@ -113,6 +112,10 @@ def eigenpairs(
         An argument can't be used; the message says what to do.
     OverflowError, FloatingPointError
         J is so large or so small that its products leave what the dtype can hold: scale the model's response.
+    KeyboardInterrupt
+        Ctrl-C was pressed. With `state` the search stays there, and what it found is certified before this is raised
+        (K + 32 products, which a second Ctrl-C ends at once); ``state["result"]`` then holds it, unless an earlier
+        result there has more converged pairs. Without `state`, and with other methods, what was found is lost.
 
     Warns
     -----
@@ -133,6 +136,7 @@ def eigenpairs(
             state["result"] = found
             return found
     stopped: SolverStopped | None = None
+    interrupt: BaseException | None = None
     sample: Sample | None = None
     # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
     aim = 0.95 * tol
@@ -154,6 +158,9 @@ def eigenpairs(
             vectors, index = _check_answer(vectors, k, which, n, name)
         except SolverStopped as error:
             stopped, details = error, error.details | {"stopped": str(error)}
+            interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else None
+            if interrupt is not None and not keeps:
+                raise interrupt from None
             vectors = np.hstack([error.largest, error.smallest])
             index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
         if options.get("orthogonal_to") is not None:
@@ -166,23 +173,35 @@ def eigenpairs(
         earlier = details.pop("earlier", 0) if solver is golub_kahan else 0
         # what our own solvers say; all others are examined
         ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
-        result = certify(
-            operator,
-            _rayleigh_ritz(operator, vectors),
-            index,
-            tol=tol,
-            method=name,
-            probe=0 if ground and which != "smallest" else PROBE_STEPS,
-            rng=rng,
-            ground=ground,
-            details=why | details,
-            sample=sample,
-            against=against,
-        )
+
+        def examined() -> EigenResult:
+            return certify(
+                operator,
+                _rayleigh_ritz(operator, vectors),
+                index,
+                tol=tol,
+                method=name,
+                probe=0 if ground and which != "smallest" else PROBE_STEPS,
+                rng=rng,
+                ground=ground,
+                details=why | details,
+                sample=sample,
+                against=against,
+            )
+
+        try:
+            result = examined()
+        except KeyboardInterrupt as error:
+            if not keeps or interrupt is not None:
+                raise
+            interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
     judging = 0.0 if against is None else result.n_products
     result = dataclasses.replace(result, n_products=operator.n_products + earlier + judging)
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
+    if interrupt is not None:
+        _keep_best(state, result)
+        raise KeyboardInterrupt(f"{name} was interrupted after {result.n_products:g} products") from None
     if stopped is not None or not result.converged.all():
         if on_failure == "raise":
             raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
@@ -190,6 +209,14 @@ def eigenpairs(
     if keeps:
         state["result"] = result
     return result
+
+
+def _keep_best(state: dict[str, Any], result: EigenResult) -> None:
+    """Put what an interrupted search found into its state, unless an earlier result there has more converged pairs."""
+    earlier = state.get("result")
+    is_answer = "stopped" not in result.details and result.converged.all()
+    if earlier is None or is_answer or earlier.converged.sum() <= result.converged.sum():
+        state["result"] = result
 
 
 def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float) -> EigenResult | None:
@@ -335,19 +362,6 @@ def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
     vectors = basis @ rotation.T
     signs = np.random.default_rng(2017).standard_normal(len(vectors)) @ vectors
     return vectors * np.where(signs < 0, -1.0, 1.0)
-
-
-@contextmanager
-def progress_bar(operator: FisherOperator, name: str, total: float | None, shown: bool) -> Iterator[FisherOperator]:
-    """The same operator with a count of its own, on the screen, too; a dense J that it computes is the operator's."""
-    own = counted(operator)
-    with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
-        own.linearization.on_product = bar.update
-        try:
-            yield own
-        finally:
-            own.linearization.on_product = None
-            operator.jacobian.dense = own.jacobian.dense
 
 
 def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:

@@ -78,7 +78,8 @@ def golub_kahan(
         A search begins anew with `v0` or `orthogonal_to`, which also discard the one that was kept; for more pairs or
         the other end after a restart, which kept no more than was wanted then; with another `max_basis`, where V took
         more than a sixth of it; and where the look for missed eigenvalues needed the memory of V: where V could hold
-        all N, or took more than about a third of `max_basis`.
+        all N, or took more than about a third of `max_basis`. A `fisherop.checkpoint.Checkpoint` at ``"checkpoint"``
+        writes the search to a file as it goes, and a search that it has read goes on from there.
 
     Returns
     -------
@@ -92,7 +93,8 @@ def golub_kahan(
     Raises
     ------
     SolverStopped
-        Not converged in `maxiter` steps, or interrupted from the keyboard; it carries the Ritz vectors.
+        Not converged in `maxiter` steps, or, with `state`, interrupted from the keyboard (then its cause is the
+        `KeyboardInterrupt`, which `eigenpairs` raises in the end); it carries the Ritz vectors.
     ValueError
         `max_basis` or `basis_memory` is too small, or `v0` or `orthogonal_to` has another shape than these.
 
@@ -122,11 +124,14 @@ def golub_kahan(
         )
     capacity = _capacity(n - given.shape[1], k, operator.dtype.itemsize, max_basis, basis_memory)
     lin = operator.linearization
-    search = None
+    search = checkpoint = None
     if state is not None:
         if state.setdefault("linearization", shared(lin)) is not shared(lin):
             raise ValueError("state belongs to another operator: pass an empty dict")
-        search = state.pop("search", None)
+        checkpoint = state.get("checkpoint")
+        is_read = checkpoint is not None and checkpoint.read(lin, capacity)
+        search = None if is_read else state.get("search")
+        state.pop("search", None)
     if len(given.T) or v0 is not None:
         rng, search = _independent(rng, given, v0), None
     if search is not None and not search.reopen(top, bottom, capacity):
@@ -137,12 +142,16 @@ def golub_kahan(
     search.lin = search.main.lin = lin  # the one that counts for this run
     search.ask(top, bottom, tol, maxiter or 10_000, callback)
     try:
-        search.find(k if bottom and search.zeros >= k else 1, v0)
+        if checkpoint is not None:
+            checkpoint.attach(search)
+        if search.phase == "main":
+            search.find(k if bottom and search.zeros >= k else 1, v0)
         search.look_for_missed()
         return search.answer()
-    except KeyboardInterrupt:
-        message = "golub_kahan was interrupted; v0=result.eigenvectors goes on from there"
-        raise SolverStopped(message, *search.partial()) from None
+    except KeyboardInterrupt as interrupt:
+        if state is None or not search.has_partial:
+            raise
+        raise SolverStopped("golub_kahan was interrupted", *search.partial()) from interrupt
     finally:
         if state is not None and search.close():
             state["search"] = search
@@ -248,6 +257,14 @@ class _Space:
         self.shares = np.empty((0, 0))  # the random vectors that joined, (p, m + b): in coordinates of V and W
         self.is_restarted = False
         self.is_whole = True  # an interrupt came not in the midst of a change
+
+    def restore(self, v: Tensor, w: Tensor, t: NDArray, c: NDArray, shares: NDArray) -> None:
+        """As it once was, beside what is fixed now."""
+        self.is_whole = False
+        self.rows[self.n_fixed : self.n_fixed + len(v)] = v
+        self.t, self.c, self.shares = t, c, shares
+        self._keep(w)
+        self.is_whole = True
 
     def move(self, rows: Tensor) -> None:
         """To other memory."""
@@ -387,6 +404,7 @@ class _Search:
         self.accepted = _CHANCE  # see `_chance_of_more`
         self.largest = 0.0  # Ritz value
         self.restarts, self.spent = 0, 0.0
+        self.checkpoint: Any = None
 
     def ask(
         self, top: int, bottom: int, tol: float, maxiter: int, callback: Callable[[dict[str, Any]], None] | None
@@ -395,6 +413,8 @@ class _Search:
         self.top, self.bottom, self.k, self.tol = top, bottom, max(top, bottom), tol
         self.maxiter, self.callback = maxiter, callback
         self.space = self.main
+        # "main" until `find` ends; then "look", "probe" in `_probe`, and "join" where what it found converges
+        self.phase, self.seen, self.p = "main", 0, 1
         self.found: tuple[NDArray, NDArray, Tensor] | None = None  # values, ascending, residuals, rows: what is wanted
         self.history: list[dict[str, Any]] = []
         self.probes = self.fresh = self.n_steps = self.next_check = 0
@@ -409,7 +429,7 @@ class _Search:
         """Hold no more than a later search can go on from; whether it can."""
         self.spent = self.lin.n_products - self.before
         space = self.space = self.main
-        self.found = self.fixed = self.callback = None
+        self.found = self.fixed = self.callback = self.checkpoint = None
         if space is None or not space.is_whole or len(self.given):
             return False
         self.ritz, self.history = None, []
@@ -459,9 +479,28 @@ class _Search:
 
     def look_for_missed(self) -> None:
         """Vectors of repeated eigenvalues, of which a Krylov space holds one for each vector that it began with."""
-        seen = self.starts
-        if seen >= self.k:
-            return
+        if self.phase == "main":
+            if self.starts >= self.k:
+                return
+            self._set_apart()
+            self.seen, self.p, self.phase = self.starts, 1, "look"
+        while True:
+            if self.phase != "join":
+                if self.phase == "look" and not (self.seen < self.k and self.n > len(self.fixed)):
+                    break
+                joined = self._probe(self.p)
+                self.seen, self.p, self.phase = self.seen + self.p, self.k, "look"
+                if not joined:
+                    break
+                # what joins has converged beside the rest, not together with it
+                self.space.begin(self.given)
+                self.space.append(self.found[2], 0.0)
+                self.phase = "join"
+            self._run()
+            self.phase = "look"
+
+    def _set_apart(self) -> None:
+        """What was found, in `fixed`, and a space for what is orthogonal to it."""
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
         space, (theta, _, y) = self.space, self.ritz
         ends = self._ends(space.m, space.m if len(space.w) == 0 else min(space.m // 4, space.capacity // 16))
@@ -471,15 +510,6 @@ class _Search:
             self.space = _Space(self.lin, self.given, space.rows[space.m :], space.scale)
         else:
             self.main = None
-        p, joined = 1, True
-        while joined and seen < self.k and self.n > len(self.fixed):
-            joined = self._probe(p)
-            seen += p
-            p = self.k
-            if joined:  # what joins has converged beside the rest, not together with it
-                self.space.begin(self.given)
-                self.space.append(self.found[2], 0.0)
-                self._run()
 
     def _run(self) -> None:
         """Go on until the wanted pairs have converged."""
@@ -531,13 +561,16 @@ class _Search:
         above = self.top and high_end[-1] > high_end[0] + aim
         if not (below or above):
             return False  # nothing that is missed could change an index
-        self.probes += 1
         space, self.next_check = self.space, 0
-        space.begin(self.given, self.fixed)
-        space.append(self._draw(p))
+        goes_on = self.phase == "probe" and space.m > 0
+        if self.phase != "probe":
+            self.probes += 1
+            space.begin(self.given, self.fixed)
+            space.append(self._draw(p))
+            self.phase = "probe"
         while True:
-            self.ritz = t, residuals, y = self._next_ritz()
-            r = np.linalg.norm(residuals, axis=0)
+            self.ritz = t, residuals, y = space.ritz() if goes_on else self._next_ritz()
+            goes_on, r = False, np.linalg.norm(residuals, axis=0)
             self._record(theta, rho)
             # the pairs that belong among the wanted ones, so many as there can be of them, and the next
             i = min(np.count_nonzero(t < low_end[-1] - aim), self.bottom) if below else 0
@@ -653,12 +686,23 @@ class _Search:
         space = self.space
         while True:
             if self.n_steps == self.maxiter:
+                self._write(at_once=True)
                 raise SolverStopped(f"golub_kahan took {self.maxiter} steps", *self.partial())
-            space.expand()
+            try:
+                space.expand()
+                self._write()
+            except KeyboardInterrupt:
+                self._write(at_once=True)
+                raise
             self.n_steps += 1
             if space.m >= self.next_check or space.is_full or len(space.w) == 0:
                 self.next_check = space.m + max(1, space.m // 50)
                 return space.ritz()
+
+    def _write(self, at_once: bool = False) -> None:
+        """To the checkpoint, when it is time to; nothing but the space has changed since the phase began."""
+        if self.checkpoint is not None and self.space.is_whole:
+            self.checkpoint.offer(self, at_once)
 
     def _make_room(self) -> None:
         space = self.space
@@ -734,6 +778,11 @@ class _Search:
     def details(self) -> dict[str, Any]:
         earlier = {"earlier": self.earlier} if self.earlier else {}
         return {"restarts": self.restarts, "history": self.history} | earlier
+
+    @property
+    def has_partial(self) -> bool:
+        """Whether there are vectors to return before the end."""
+        return self.found is not None or (self.space.is_whole and self.space.m > 0)
 
     def partial(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
         """What there is, largest and smallest, columns by descending value, and details."""

@@ -1,0 +1,244 @@
+"""What the fields of a file may be: how large, before they are read, and of which type, shape and value, after."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.result import Status, check_index, check_orthonormal, check_tol
+
+TEXT = "text"
+_FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
+
+
+class Field(NamedTuple):
+    """A type, None for the image's, and a shape, whose letters stand for sizes and whose None for any size."""
+
+    dtype: np.dtype | str | None
+    shape: tuple[int | str | None, ...] = ()
+    most_bytes: int = 2**20  # of text
+    is_optional: bool = False  # earlier versions of fisherop left it out
+
+
+class Header(NamedTuple):
+    """What a file says of an array before that is read."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+_K_FIELDS = {"eigenvalues": Field(_FLOAT, ("K",)), "residual_norms": Field(_FLOAT, ("K",))}
+_K_FIELDS |= {"eigenindex": Field(_INT, ("K",)), "status": Field(TEXT, ("K",))}
+RESULT: dict[str, Field] = _K_FIELDS | {
+    "eigenvectors": Field(None, ("N", "K")),
+    "tol": Field(_FLOAT),
+    "method": Field(TEXT),
+    "n_products": Field(_FLOAT),
+    "image_size": Field(_INT),
+    "response_size": Field(_INT),
+    "lambda_max_bounds": Field(_FLOAT, (2,)),
+    "lambda_min_bounds": Field(_FLOAT, (2,)),
+    "noise": Field(_FLOAT),
+    "ground": Field(TEXT),
+    "details": Field(TEXT, most_bytes=2**28),
+    "response_fingerprint": Field(_FLOAT, (256,)),
+    "response_shape": Field(_INT, (None,), is_optional=True),
+    "engine_report": Field(TEXT, (None,)),
+    "object": Field(TEXT, is_optional=True),
+    "model": Field(TEXT, is_optional=True),
+    "attributes": Field(TEXT, (None,), is_optional=True),
+}
+_EACH_PAIR = 2**24  # bytes of text that details, with their history, and states may take for each pair
+_ANY = 10_000  # entries of a field of any length
+
+
+def check_sizes(
+    path: str | os.PathLike, headers: Mapping[str, Header], table: Mapping[str, Field], sizes: Mapping[str, int]
+) -> None:
+    """Raise ValueError where a field is unknown or larger than the sizes allow, whatever its type and shape."""
+    for name, header in headers.items():
+        if name not in table:
+            raise ValueError(f"{path} is damaged or was altered: it holds an unknown field {name!r}")
+        field = table[name]
+        count = math.prod(_ANY if size is None else sizes.get(size, size) for size in field.shape)
+        each_pair = _EACH_PAIR * sizes.get("K", 0)
+        most = field.most_bytes + each_pair if field.dtype is TEXT else 8 * count
+        if header.size > count or header.nbytes > most:
+            raise ValueError(
+                f"{path} is damaged or was altered: its {name} takes {header.nbytes} bytes for {header.size} entries; "
+                f"at most {most} for {count} belong to this image and this number of pairs"
+            )
+
+
+def check_result_sizes(path: str | os.PathLike, headers: Mapping[str, Header], image: Tensor | None) -> None:
+    """`check_sizes` of a file of eigendistortions, of an image that is known or of the file's own."""
+    if "checkpoint" in headers:
+        raise ValueError(
+            f"{path} is no file of eigendistortions: it holds a search that isn't finished. Pass it to "
+            "synthesize(checkpoint=path)"
+        )
+    stored = headers.get("image")
+    if stored is None and image is None:
+        raise ValueError(f"{path} is damaged or was altered: it lacks image")
+    n = image.numel() if stored is None else stored.size
+    if image is not None and n != image.numel():
+        check_image(path, stored, image)
+    k = min(n, max((headers[name].size for name in _K_FIELDS if name in headers), default=0))
+    sizes = {"N": n, "K": k}
+    check_sizes(path, headers, RESULT | {"image": Field(None, ("N",)), "versions": Field(TEXT, (None,))}, sizes)
+
+
+def check_image(path: str | os.PathLike, stored: Header | NDArray, image: Tensor) -> None:
+    """Raise ValueError unless the file's image has this one's shape and type."""
+    own = Header(np.dtype(str(image.dtype).removeprefix("torch.")), tuple(image.shape))
+    if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+        raise ValueError(
+            f"{path} holds the eigendistortions of an image {stored.shape} of {stored.dtype}, this one is "
+            f"{own.shape} of {own.dtype}: use Eigendistortion.from_file(path, model)"
+        )
+
+
+def wrong(path: str | os.PathLike, name: str, problem: str) -> ValueError:
+    return ValueError(f"{path} is damaged or was altered: its {name} {problem}")
+
+
+def check_types(
+    path: str | os.PathLike, fields: Mapping[str, NDArray], table: Mapping[str, Field], sizes: dict[str, int]
+) -> None:
+    """Raise ValueError where a field is missing, or has another type or shape, or numbers are NaN.
+
+    Parameters
+    ----------
+    sizes : dict
+        What the letters in shapes stand for. Those that are not there yet are added, as the first field has them.
+    """
+    image = fields["image"].dtype
+    for name, (dtype, shape, _, is_optional) in table.items():
+        if name not in fields:
+            if is_optional:
+                continue
+            raise ValueError(f"{path} is damaged or was altered: it lacks {name}")
+        array = fields[name]
+        if array.dtype.kind != "U" if dtype is TEXT else array.dtype != (image if dtype is None else dtype):
+            raise wrong(path, name, f"has the type {array.dtype}, not {image if dtype is None else dtype}")
+        if array.ndim == len(shape):
+            sizes |= {s: n for s, n in zip(shape, array.shape, strict=True) if isinstance(s, str) and s not in sizes}
+        expected = tuple(sizes.get(size, size) for size in shape)
+        if array.ndim != len(shape) or any(s not in (None, n) for s, n in zip(expected, array.shape, strict=True)):
+            raise wrong(path, name, f"has the shape {array.shape}, not {expected}")
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise wrong(path, name, "holds NaN")
+
+
+def check_common(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> int:
+    """Raise ValueError unless the image and the versions, which every file holds, can be right; the image's N."""
+    for name in ("image", "versions"):
+        if name not in fields:
+            raise ValueError(f"{path} is damaged or was altered: it lacks {name}")
+    image = fields["image"]
+    if image.dtype not in (np.float32, np.float64):
+        raise wrong(path, "image", f"has the type {image.dtype}, not float32 or float64")
+    if image.size == 0 or not np.isfinite(image).all():
+        raise wrong(path, "image", f"of shape {image.shape} is empty or holds NaN or infinity")
+    versions = fields["versions"]
+    if versions.dtype.kind != "U" or versions.ndim != 1 or not all(" " in text for text in versions.tolist()):
+        raise wrong(path, "versions", f"must be a name and a version each, not {_shown(versions)}")
+    return image.size
+
+
+def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None:
+    """Raise ValueError, which names the field, unless `certify` can have given these fields for an image like that."""
+    n = check_common(path, fields)
+    lengths = [len(fields[name]) for name in _K_FIELDS if name in fields and fields[name].ndim]
+    check_types(path, fields, RESULT, {"N": n} | ({"K": statistics.mode(lengths)} if lengths else {}))
+    values, residuals, noise = fields["eigenvalues"], fields["residual_norms"], fields["noise"]
+    for name in ("eigenvalues", "residual_norms", "n_products", "noise", "response_fingerprint"):
+        array = fields[name]
+        if not np.isfinite(array).all() or (name != "response_fingerprint" and (array < 0).any()):
+            raise wrong(path, name, f"must be finite and not negative, not {_shown(array)}")
+    if (np.diff(values) > 0).any():
+        raise wrong(path, "eigenvalues", f"must be in descending order, not {_shown(values)}")
+    if noise > 1:
+        raise wrong(path, "noise", f"is relative to the products, and can't be {noise}")
+    for name, check in {
+        "tol": lambda tol: check_tol(tol.item()),
+        "eigenindex": lambda index: _check_stored_index(index, n),
+        "eigenvectors": lambda v: check_orthonormal(v, np.finfo(v.dtype).eps),
+        "details": lambda text: parse_json(text.item(), dict),
+    }.items():
+        try:
+            check(fields[name])
+        except ValueError as error:
+            raise wrong(path, name, f"can't be right: {error}") from error
+    for name in ("lambda_max_bounds", "lambda_min_bounds"):
+        low, high = fields[name].tolist()
+        if not (0 <= low <= high and low < np.inf):
+            raise wrong(path, name, f"must be an interval of numbers from 0, not {(low, high)}")
+    largest = float(fields["lambda_max_bounds"][0])
+    if values.max(initial=0.0) > largest * (1 + 1e-9):
+        raise wrong(path, "lambda_max_bounds", f"say that λ_max ≥ {largest}, but {values.max()} is an eigenvalue")
+    _check_status(path, fields["status"].tolist(), values, residuals, float(fields["tol"]) * largest)
+    _check_response(path, fields, n)
+
+
+def _check_stored_index(index: NDArray[np.int64], n: int) -> None:
+    if (index < 0).any():
+        raise ValueError(f"it must not be negative, got {_shown(index)}")
+    check_index(index, n)
+
+
+def _check_status(
+    path: str | os.PathLike, status: list[str], values: NDArray, residuals: NDArray, allowed: float
+) -> None:
+    allowed = allowed * (1 + 1e-6) + np.finfo(np.float64).tiny
+    most = {Status.EIGENPAIR: residuals, Status.NOT_EXTREME: residuals, Status.NULL: values}
+    for i, text in enumerate(status):
+        if text not in list(Status):
+            known = ", ".join(repr(str(s)) for s in Status)
+            raise wrong(path, "status", f"must be of {known}, not {text[:80]!r}")
+        if text in most and most[Status(text)][i] > allowed:
+            raise wrong(path, "status", f"says {text!r} of pair {i}, which its residual or its eigenvalue refutes")
+
+
+def _check_response(path: str | os.PathLike, fields: Mapping[str, NDArray], n: int) -> None:
+    if fields["image_size"] != n:
+        raise wrong(path, "image_size", f"is {fields['image_size']}, but its image has {n} elements")
+    m = int(fields["response_size"])
+    if m < 1:
+        raise wrong(path, "response_size", f"must be positive, not {m}")
+    shape = fields["response_shape"].tolist() if "response_shape" in fields else [m]
+    if math.prod(shape) != m or min(shape, default=1) < 0:
+        raise wrong(path, "response_shape", f"is {tuple(shape)}, but its response_size is {m}")
+
+
+def parse_json(text: str, kind: type) -> Any:
+    """Parsed JSON of this type; ValueError for whatever else is written there."""
+    try:
+        parsed = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(parsed, kind):
+        raise ValueError(f"it must be a {kind.__name__} in JSON, not a {type(parsed).__name__}")
+    return parsed
+
+
+def _shown(array: NDArray | Iterable) -> str:
+    """The first entries."""
+    flat = np.asarray(array).flatten()
+    return str(flat[:4].tolist())[:200] + (" …" if flat.size > 4 else "")
