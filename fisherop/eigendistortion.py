@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fisherop import checks
 from fisherop.files import check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
 from fisherop.pickles import check_picklable
@@ -119,7 +120,10 @@ class Eigendistortion:
             Not everything converged; the object is unchanged, and what was found is in the error's ``result``.
         """
         if tol is not None and stop_criterion is not None:
-            raise ValueError(f"tol={tol:g} and stop_criterion={stop_criterion:g} mean the same: give one of them")
+            raise ValueError(f"tol={tol!r} and stop_criterion={stop_criterion!r} mean the same: give one of them")
+        for name in {"maxiter", "state"} & options.keys():
+            raise TypeError(f"synthesize has no option {name!r}: it has max_iter, and a state of its own")
+        max_iter = checks.integer("max_iter", max_iter, optional=True)
         tolerance = next(t for t in (tol, stop_criterion, 1e-6) if t is not None)
         options |= {name: value for name, value in (("p", p), ("q", q)) if value is not None}
         if k is None:
@@ -169,7 +173,7 @@ class Eigendistortion:
         RuntimeWarning
             What was found does not hold in the new arithmetic, as float32 distortions may not in float64.
         """
-        image = self.image.to(*args, **kwargs)
+        image = checks.moved(self.image, *args, **kwargs)
         if image is self.image:
             return self
         model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
@@ -188,7 +192,7 @@ class Eigendistortion:
         ValueError
             It would take more than 2 GiB.
         """
-        jacobian = self.operator.jacobian
+        jacobian, progress = self.operator.jacobian, checks.flag("progress", progress)
         with progress_bar(self.operator, "jacobian", min(jacobian.shape) / 2, progress):
             jacobian.to_dense()
         return self.jacobian
@@ -240,16 +244,11 @@ class Eigendistortion:
             There is no such distortion.
         """
         result, lin = self._found(), self.operator.linearization
-        if not -len(result.eigenvalues) <= index < len(result.eigenvalues):
-            raise IndexError(f"index is {index}, but there are {len(result.eigenvalues)} eigendistortions")
-        scale = np.asarray(scale, dtype=np.float64)
+        index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
+        scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
         direction = self.operator.to_tensors(result.eigenvectors[:, [index]])[0]
-        change = [
-            torch.linalg.vector_norm(
-                (lin.respond(lin.image + step * direction) - lin.response.flatten()).double()
-            ).item()
-            for step in scale.flatten().tolist()
-        ]
+        images = (lin.image + step * direction for step in scale.flatten().tolist())
+        change = [torch.linalg.vector_norm((lin.respond(x) - lin.response.flatten()).double()).item() for x in images]
         return result.eigenvalues[index] ** 0.5 * np.abs(scale), np.reshape(change, scale.shape)
 
     def _found(self) -> EigenResult:
@@ -277,7 +276,7 @@ class Eigendistortion:
         TypeError
             A solver of your own left something in `details` that JSON can't hold.
         """
-        write(path, self._fields())
+        write(checks.path("path", path, new=True), self._fields())
 
     def _fields(self) -> dict[str, ArrayLike]:
         return contents(self._found(), self.operator.linearization, type(self), self.model)
@@ -300,7 +299,7 @@ class Eigendistortion:
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        self._take(path, read(path))
+        self._take(path, read(checks.path("path", path)))
         return self
 
     @classmethod
@@ -325,10 +324,10 @@ class Eigendistortion:
         ValueError
             As by `load`, and as by `linearize`.
         """
-        fields = read(path)
+        fields = read(checks.path("path", path))
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
-        self = cls(torch.as_tensor(fields["image"], device=device), model)
+        self = cls(checks.moved(torch.from_numpy(fields["image"]), device), model)
         self._take(path, fields)
         return self
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.compat import attempt, prepare_recording
 from fisherop.draws import generators_kept
 from fisherop.engines import (
@@ -114,10 +115,8 @@ class Linearization:
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
         check_image(image)
-        if engine != "auto" and engine not in ENGINES:
-            raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        checks.choice("engine", engine, ("auto", *ENGINES))
+        chunk_size = checks.integer("chunk_size", chunk_size, optional=True)
         check_model(image, model)
         self.model = model
         self._options = {"engine": engine, "chunk_size": chunk_size}
@@ -271,7 +270,7 @@ class Linearization:
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
-        self._check_block(tangents, "tangents", self.image_shape)
+        checks.tensor("tangents", tangents, ("k", *self.image_shape), self.image)
         if not isinstance(self._engine, Functional):
             return self._by_chunks(self._engine.jvp, tangents, (self.response_size,), "n_jvp")
         with _ONE_AT_A_TIME:  # which runs the model
@@ -284,7 +283,7 @@ class Linearization:
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
-        self._check_block(cotangents, "cotangents", (self.response_size,))
+        checks.tensor("cotangents", cotangents, ("k", self.response_size), self.image)
         return self._by_chunks(self._engine.vjp, cotangents, self.image_shape, "n_vjp")
 
     def _by_chunks(
@@ -305,20 +304,9 @@ class Linearization:
 
     def respond(self, image: Tensor) -> Tensor:
         """The model's response to an image of this shape, flat (M,)."""
+        checks.tensor("image", image, self.image_shape, self.image)
         with _ONE_AT_A_TIME, torch.no_grad():
             return self._respond(image)
-
-    def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
-        if not isinstance(block, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(block).__name__}")
-        if tuple(block.shape[1:]) != shape or block.ndim == 0:
-            wanted = ", ".join(map(str, ("k", *shape)))
-            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(block.shape)}")
-        if block.dtype != self.image.dtype or block.device != self.image.device:
-            raise TypeError(
-                f"{name} must be {self.image.dtype} on {self.image.device} like the image, "
-                f"got {block.dtype} on {block.device}"
-            )
 
     def _random(self, shape: tuple[int, ...], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(20171127 + seed)  # no seed of the user's, or v might be the image

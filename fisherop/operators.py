@@ -14,6 +14,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.linearize import Linearization, linearize
 
 _DENSE_BYTES = 2**31
@@ -32,6 +33,8 @@ class _ModelOperator(LinearOperator):
     @classmethod
     def from_linearization(cls, linearization: Linearization) -> _ModelOperator:
         """The operator of a linearization that exists already; nothing is computed."""
+        if not hasattr(linearization, "jvp"):
+            checks.refuse(TypeError, "linearization", "a Linearization", linearization, "use linearize(image, model)")
         operator = cls.__new__(cls)
         operator._bind(linearization)
         return operator
@@ -65,6 +68,7 @@ class _ModelOperator(LinearOperator):
 
         Around float32 products, a solver's own rounding would otherwise add to the model's.
         """
+        scale = checks.number("scale", scale, "a finite number other than 0", bool)
 
         def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
             return lambda x: multiply(x).astype(np.float64) / scale
@@ -80,8 +84,8 @@ class _ModelOperator(LinearOperator):
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
-        rows = self._to_torch(np.asarray(columns).T)
-        return rows.reshape(len(rows), *self.image_shape)
+        columns = checks.array("columns", columns, (self.linearization.image_size, "k"))
+        return self._to_torch(columns.T).reshape(-1, *self.image_shape)
 
     @staticmethod
     def to_columns(block: Tensor) -> NDArray[np.floating]:
@@ -284,7 +288,7 @@ def _sparse_message(operator: _ModelOperator) -> str:
 
 def _check_dense_size(operator: _ModelOperator, max_bytes: int) -> None:
     needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
-    if needed > max_bytes:
+    if needed > checks.memory("max_bytes", max_bytes):
         raise ValueError(
             f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
             f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisherop import checks
 from fisherop.jacobian import scaled
 from fisherop.sample import Sample, ritz_extremes
 
@@ -210,19 +211,20 @@ def certify(
     """
     operator = getattr(operator, "fisher", operator)
     if not hasattr(operator, "jacobian"):
-        raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
-    check_tol(tol)
-    if not isinstance(probe, int | np.integer) or probe < 0:
-        raise ValueError(f"probe must be an integer from 0, got {probe!r}")
+        checks.refuse(TypeError, "operator", "a FisherOperator or a JacobianOperator", operator)
+    tol, probe = checks.tolerance(tol), checks.integer("probe", probe, 0)
+    checks.instance("method", method, str, "a str, the name of what found the vectors")
+    checks.instance("ground", ground, (str, type(None)), "a str, or None")
+    details = dict(checks.instance("details", details, (Mapping, type(None)), "a mapping, or None") or {})
+    checks.instance("sample", sample, (Sample, type(None)), "a Sample, or None")
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
-    index = _check_index(eigenindex, n)
-    if v.shape != (n, len(index)):
-        raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
+    index = _check_index(checks.integers("eigenindex", eigenindex, 0), n)
+    v = checks.array("vectors", vectors, (n, len(index)), "an array, a column an index,")
+    v = v.astype(operator.dtype)  # what is judged is what is returned
     norms = _check_orthonormal(v, np.finfo(operator.dtype).eps)
 
-    sample = sample or Sample.of(operator, spawned(rng))
+    sample = sample or Sample.of(operator, checks.spawned(rng))
     operator = scaled(operator, sample.exponent)
     unit = 2.0 ** (-2 * sample.exponent)  # what stands for an eigenvalue of 1 from here on
     jacobian = operator.jacobian
@@ -247,7 +249,6 @@ def certify(
         ground = "all N pairs are here" if len(index) == n else "not examined"
     elif ground is None:
         ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
-    details = dict(details or {})
     highest = details.pop("lambda_max_upper", np.inf) / unit + 2 * noise * scale
     lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * noise * scale
     if sample.size == scale == 0:
@@ -273,35 +274,22 @@ def certify(
     )
 
 
-def check_tol(tol: float) -> None:
-    if not isinstance(tol, int | float | np.number) or not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1 (it is relative to λ_max), got {tol!r}")
-
-
-def spawned(rng: int | np.random.Generator | None) -> np.random.Generator:
-    """A generator of a stream of its own, so that a start vector never repeats data drawn from the same seed."""
-    try:
-        return np.random.default_rng(rng).spawn(1)[0]
-    except TypeError as error:
-        raise TypeError(f"rng must be a seed or a Generator by numpy.random.default_rng, got {rng!r}") from error
-
-
-def _check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
-    index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
-    if len(index) and not (index[0] >= 0 and index[-1] < n and (np.diff(index) > 0).all()):
-        raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
+def _check_index(eigenindex: list[int], n: int) -> NDArray[np.intp]:
+    if not all(-n <= i < n for i in eigenindex):
+        checks.refuse(ValueError, "eigenindex", f"indices from 0 to {n - 1}, or from -1 down to -{n}", eigenindex)
+    index = np.array([i % n for i in eigenindex], dtype=np.intp)
+    if (np.diff(index) <= 0).any():
+        raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {eigenindex}")
     from_top = int((index == np.arange(len(index))).sum())
     if not np.array_equal(index[from_top:], np.arange(n - len(index) + from_top, n)):
         raise ValueError(
             f"eigenindex must run on from 0, or up to {n - 1}, or both, since no other index can be examined; got "
-            f"{list(eigenindex)}"
+            f"{eigenindex}"
         )
     return index
 
 
 def _check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
-    if not np.isfinite(v).all():
-        raise ValueError("vectors hold NaN or infinity")
     gram = v.T.astype(np.float64) @ v.astype(np.float64)
     deviation = np.abs(gram - np.eye(len(gram))).max(initial=0.0)
     if deviation > 1000 * eps:
