@@ -173,7 +173,7 @@ class Eigendistortion:
         RuntimeWarning
             What was found does not hold in the new arithmetic, as float32 distortions may not in float64.
         """
-        image = checks.moved(self.image, *args, **kwargs)
+        image = checks.moved("what to() is given", self.image, *args, **kwargs)
         if image is self.image:
             return self
         model = copy.deepcopy(self.model).to(*args, **kwargs) if isinstance(self.model, nn.Module) else self.model
@@ -327,7 +327,7 @@ class Eigendistortion:
         fields = read(checks.path("path", path))
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
-        self = cls(checks.moved(torch.from_numpy(fields["image"]), device), model)
+        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device), model)
         self._take(path, fields)
         return self
 

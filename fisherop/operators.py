@@ -154,10 +154,14 @@ class _ModelOperator(LinearOperator):
             raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {rows.dtype}")
         if np.iscomplexobj(rows):
             return self._times_rows(multiply, rows.real, sizes) + 1j * self._times_rows(multiply, rows.imag, sizes)
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
         (n, m), batch = sizes, rows.shape[:-1]
-        product = multiply(self._to_torch(rows.reshape(math.prod(batch), n))).cpu().numpy().reshape(*batch, m)
+        with np.errstate(over="ignore"):
+            block = self._to_torch(rows.reshape(math.prod(batch), n))
+        if not checks.is_finite(block):
+            if np.isfinite(rows).all():
+                raise OverflowError(f"{self!r} was given a vector that exceeds what {self.dtype} can hold: scale it")
+            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
+        product = multiply(block).cpu().numpy().reshape(*batch, m)
         if not np.isfinite(product).all():
             raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
         return product

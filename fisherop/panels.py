@@ -54,7 +54,7 @@ def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None 
         vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (least, most)
         if least == most and vrange != (0.0, 1.0):
             raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
-    what = "two numbers that ascend, the values of black and white,"
+    what = "two ascending numbers (black, white)"
     low, high = checks.array("vrange", vrange, (2,), what).tolist()
     if not 0 < high - low < np.inf:
         checks.refuse(ValueError, "vrange", what, vrange)

@@ -184,13 +184,14 @@ def check_image(image: Tensor) -> None:
             "a time, `for one in image.split(1)`; where the first dimension is no batch, pass `image[None]` and "
             "`lambda x: model(x[0])`"
         )
-    if not torch.isfinite(image).all():
+    if not checks.is_finite(image):
         raise ValueError("image must be finite, but it holds NaN or infinity")
 
 
 def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
-    if not callable(model) or (isinstance(model, type) and issubclass(model, nn.Module)):
-        checks.refuse(TypeError, "model", "a callable or an nn.Module, an instance of its class", model)
+    checks.function("model", model, "a callable or an nn.Module")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        checks.refuse(TypeError, "model", "a callable or an nn.Module", model, "make an instance of it")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():

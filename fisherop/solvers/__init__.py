@@ -182,9 +182,12 @@ def eigenpairs(
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
     if stopped is not None or not result.converged.all():
+        why = _explain(result, stopped, raised=on_failure == "raise")
+        if options.get("orthogonal_to") is not None:
+            why += ".\northogonal_to is certified with the rest: it must hold eigenvectors found before, at these ends"
         if on_failure == "raise":
-            raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
-        warn(_explain(result, stopped, raised=False))
+            raise ConvergenceError(why, result) from stopped
+        warn(why)
     if keeps:
         state["result"] = result
     return result
@@ -299,7 +302,7 @@ def _check_solver(solver: Callable[..., tuple], options: dict[str, Any]) -> Call
         inspect.signature(solver).bind(None, None, None, tol=None, maxiter=None, rng=None, **options)
     except TypeError as error:
         how = f"solver(operator, k, which, {', '.join(f'{name}=' for name in ('tol', 'maxiter', 'rng', *options))})"
-        raise TypeError(f"method must be callable as {how}, but of {solver!r}: {error}") from error
+        checks.refuse(TypeError, "method", f"callable as {how}", solver, str(error))
     except ValueError:  # it has no signature
         pass
     return solver

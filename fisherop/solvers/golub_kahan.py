@@ -160,7 +160,7 @@ def _columns(array: Any, name: str, n: int) -> NDArray[np.float64]:
     columns = checks.array(name, array)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or len(columns) != n or not columns.any(axis=0).all():
-        checks.refuse(ValueError, name, f"an array of shape ({n},) or ({n}, p), without zero columns", columns)
+        checks.refuse(ValueError, name, f"an array of shape ({n},) or ({n}, p), without zero columns", array)
     return columns.astype(np.float64)
 
 
