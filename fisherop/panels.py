@@ -34,7 +34,7 @@ def to_pictures(
     image = image.detach() if isinstance(image, Tensor) else image
     pixels = checks.array(name, image, what="an array of shape (..., height, width)").astype(np.float64)
     if pixels.ndim < 2 or pixels.size == 0:
-        checks.refuse(ValueError, name, "of shape (..., height, width), and not empty", pixels)
+        checks.refuse(ValueError, name, "of shape (..., height, width), and not empty", image)
     as_rgb = as_rgb if as_rgb is None else checks.flag("as_rgb", as_rgb)
     channels = pixels.reshape(-1, *pixels.shape[-2:])
     count = len(channels)
