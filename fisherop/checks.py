@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import aslinearoperator
 from torch import Tensor
+
+_MOVES = (str, int, torch.device, torch.dtype, torch.memory_format, Tensor, type(None))
 
 
 def refuse(error: type[Exception], name: str, what: str, value: Any, cure: str = "") -> NoReturn:
@@ -83,7 +86,7 @@ def number(name: str, value: Any, what: str = "a finite number", fits: Callable[
     """A real number that float64 holds, and that `fits`."""
     if not _is(Real, value):
         refuse(TypeError, name, what, value)
-    if not (abs(value) <= np.finfo(np.float64).max and (fits is None or fits(value))):
+    if not (abs(value) <= sys.float_info.max and (fits is None or fits(value))):
         refuse(ValueError, name, what, value)
     return float(value)
 
@@ -109,12 +112,10 @@ def position(name: str, value: Any, count: int, things: str) -> int:
 def integers(name: str, value: Any, least: int = 1) -> list[int]:
     """One integer, or a sequence of at least so many."""
     what = "an integer, or a sequence of integers" + (", and not empty" if least else "")
-    if isinstance(value, Tensor | np.ndarray):
-        found = [] if isinstance(value, Tensor) and value.is_meta else value.tolist()
-    else:
-        found = value
+    holds = isinstance(value, np.ndarray) or (isinstance(value, Tensor) and _holds(value))
+    found = value.tolist() if holds else value
     found = [found] if _is(Integral, found) else found
-    if not isinstance(found, Sequence) or not all(_is(Integral, one) for one in found):
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence) or not all(_is(Integral, i) for i in found):
         refuse(TypeError, name, what, value)
     if len(found) < least:
         refuse(ValueError, name, what, value)
@@ -123,27 +124,26 @@ def integers(name: str, value: Any, least: int = 1) -> list[int]:
 
 def several(name: str, value: Any, kind: type, what: str, count: int | None = None) -> list[Any]:
     """At least one thing of a kind, or so many, as a list."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+    found = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(found, str | bytes | Mapping | Tensor) or not isinstance(found, Collection):
         refuse(TypeError, name, what, value)
-    for one in value:
+    for one in found:
         instance(f"what {name} holds", one, kind, f"of type {kind.__name__}")
-    if len(value) != count if count is not None else not value:
+    if len(found) != count if count is not None else not found:
         refuse(ValueError, name, what, value)
-    return list(value)
+    return list(found)
 
 
 def array(name: str, value: Any, shape: tuple[int | str, ...] | None = None, what: str = "an array") -> NDArray:
     """Finite real numbers, as an array of their own dtype; in `shape`, a word stands for any length."""
     if shape is not None:
         what += f" of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-    if issparse(value) or (isinstance(value, Tensor) and value.layout != torch.strided):
-        refuse(TypeError, name, f"{what}, and dense", value, "use its toarray(), or to_dense()")
+    if issparse(value) or (isinstance(value, Tensor) and not _holds(value)):
+        refuse(TypeError, name, f"{what}, dense and with values", value, "use its toarray(), or to_dense()")
     found = value
     if isinstance(value, Tensor):
         if value.requires_grad:
             refuse(TypeError, name, f"{what}, without a gradient", value, f"use {name}.detach()")
-        if value.is_meta:
-            refuse(TypeError, name, f"{what}, with values", value, "a meta tensor holds none")
         found = (value.float() if value.dtype == torch.bfloat16 else value).resolve_neg().resolve_conj().cpu()
     try:
         found = np.asarray(found)
@@ -190,6 +190,11 @@ def is_finite(x: Tensor) -> bool:
     return bool(x.sum().isfinite() or torch.isfinite(x).all())
 
 
+def _holds(value: Tensor) -> bool:
+    """Whether the values are there, and NumPy takes them."""
+    return value.layout == torch.strided and not value.is_meta
+
+
 def _fits(shape: Sequence[int], wanted: tuple[int | str, ...]) -> bool:
     return len(shape) == len(wanted) and all(isinstance(w, str) or n == w for n, w in zip(shape, wanted, strict=True))
 
@@ -214,22 +219,27 @@ def path(name: str, value: Any, *, new: bool = False) -> str:
         raise FileNotFoundError(errno.ENOENT, f"{name} must lie in a folder that exists: make this one", folder)
     if new and os.path.isdir(found):
         raise IsADirectoryError(errno.EISDIR, f"{name} must be a file's, and this is a folder", found)
-    return found
+    return value if isinstance(os.fspath(value), str) else found
 
 
 def moved(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``tensor.to(*args, **kwargs)``, where that is a device of this machine, with memory, or a dtype."""
-    what = "a device of this machine, or a dtype, or both, as torch.Tensor.to takes them"
-    given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.items())
+    """``tensor.to(*args, **kwargs)``, where that is a device of this machine, and a dtype that an image may have."""
+    what = "a device of this machine, float32 or float64, or both, as torch.Tensor.to takes them"
+    given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+    for one in (*args, *kwargs.values()):  # PyTorch takes a number for a tensor, and its dtype
+        if not isinstance(one, _MOVES):
+            refuse(TypeError, name, what, given)
     try:
         tensor = tensor.to(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         refuse(kind, name, what, given, str(error).splitlines()[0])
     if tensor.is_meta:
         refuse(ValueError, name, what, given, "a meta tensor holds no values")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        refuse(TypeError, name, what, given)
     return tensor
 
 

@@ -123,7 +123,7 @@ class Eigendistortion:
             raise ValueError(f"tol={tol!r} and stop_criterion={stop_criterion!r} mean the same: give one of them")
         for name in {"maxiter", "state"} & options.keys():
             raise TypeError(f"synthesize has no option {name!r}: it has max_iter, and a state of its own")
-        max_iter = checks.integer("max_iter", max_iter, optional=True)
+        max_iter = checks.integer("max_iter", max_iter, 1, 2**31 - 1, optional=True)
         tolerance = next(t for t in (tol, stop_criterion, 1e-6) if t is not None)
         options |= {name: value for name, value in (("p", p), ("q", q)) if value is not None}
         if k is None:
@@ -327,7 +327,7 @@ class Eigendistortion:
         fields = read(checks.path("path", path))
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
-        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device), model)
+        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device=device), model)
         self._take(path, fields)
         return self
 

@@ -120,7 +120,7 @@ def color_wheel(size: int = 128, *, dtype: torch.dtype = torch.float32) -> Tenso
     -------
     Tensor, shape (1, 3, size, size)
     """
-    size, dtype = checks.integer("size", size), checks.floating("dtype", dtype)
+    size, dtype = checks.integer("size", size, 1, 2**15), checks.floating("dtype", dtype)
     axis = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / (size / 2)
     up, right = torch.meshgrid(-axis, axis, indexing="ij")
     saturation = torch.hypot(up, right)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import logging
-import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -294,7 +293,7 @@ class Linearization:
         plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nothing
         with alone, torch.inference_mode(False), torch.no_grad(), plain:
             out = block.new_empty(len(block), *shape)
-            n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
+            n = -(-len(block) // self.chunk_size)  # chunks of equal size, so that few programs are made
             for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():
                 target.copy_(multiply(chunk))
                 setattr(self, counter, getattr(self, counter) + len(chunk))

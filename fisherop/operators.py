@@ -126,6 +126,8 @@ class _ModelOperator(LinearOperator):
     def _checked(self, method: str, x: ArrayLike, n: int) -> NDArray:
         """`x` as an array, whose shape the `method` of the SciPy in use takes."""
         x = x if issparse(x) else np.asanyarray(x)
+        if x.dtype.kind not in "biufc":
+            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {x.dtype}")
         if method.endswith("matvec"):
             fits = x.shape in ((n,), (n, 1)) or (_BATCHES and x.shape[-1:] == (n,))
             wanted = f"(..., {n})" if _BATCHES else f"({n},) or ({n}, 1)"
@@ -150,8 +152,6 @@ class _ModelOperator(LinearOperator):
 
     def _times_rows(self, multiply: _Product, rows: NDArray, sizes: tuple[int, int]) -> NDArray:
         """Rows ``(..., n)``, each by a product that takes ``(k, n)`` to ``(k, m)``, as ``(..., m)``; sizes are n, m."""
-        if not np.issubdtype(rows.dtype, np.number) and rows.dtype != bool:
-            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {rows.dtype}")
         if np.iscomplexobj(rows):
             return self._times_rows(multiply, rows.real, sizes) + 1j * self._times_rows(multiply, rows.imag, sizes)
         (n, m), batch = sizes, rows.shape[:-1]

@@ -198,10 +198,7 @@ def display_eigendistortion_all(
         One of these eigendistortions has not been synthesized, `alpha` has another length, or as in `imshow`.
     """
     indices = checks.integers("eigenindex", eigenindex)
-    alphas = np.atleast_1d(checks.array("alpha", alpha, what=f"one number, or one for each of {indices}")).tolist()
-    alphas = alphas * len(indices) if np.ndim(alpha) == 0 else alphas
-    if len(alphas) != len(indices):
-        checks.refuse(ValueError, "alpha", f"one number, or one for each of {indices}", alpha)
+    alphas = _norms("alpha", alpha, indices)
     checks.instance("suptitle", suptitle, (str, type(None)), "a str, or None")
     show = _Shown(eigendistortion, process_image, process_distortion, as_rgb, channel_idx, vrange)
     above, below = [None] * len(show.image()), show.image()
@@ -227,12 +224,20 @@ def eigendistortion_imshow_all(
     return display_eigendistortion_all(
         eigendistortion,
         [found[i] for i in positions],
-        checks.array("distortion_scale", distortion_scale),
+        _norms("distortion_scale", distortion_scale, positions),
         process_image,
         process_distortion,
         channel_idx=channel_idx,
         **kwargs,
     )
+
+
+def _norms(name: str, value: float | Sequence[float], indices: list[int]) -> list[float]:
+    what = f"one number, or one for each of {indices}"
+    norms = checks.array(name, value, what=what)
+    if norms.shape not in ((), (len(indices),)):
+        checks.refuse(ValueError, name, what, value)
+    return np.broadcast_to(norms, len(indices)).tolist()
 
 
 def _result(eigendistortion: fisherop.eigendistortion.Eigendistortion) -> EigenResult:

@@ -185,7 +185,7 @@ def check_image(image: Tensor) -> None:
             "`lambda x: model(x[0])`"
         )
     if not checks.is_finite(image):
-        raise ValueError("image must be finite, but it holds NaN or infinity")
+        raise ValueError("image holds NaN or infinity")
 
 
 def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:

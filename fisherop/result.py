@@ -220,7 +220,7 @@ def certify(
     before = operator.n_products
     n, m = operator.shape[0], operator.jacobian.shape[0]
     index = _check_index(checks.integers("eigenindex", eigenindex, 0), n)
-    v = checks.array("vectors", vectors, (n, len(index)), "columns, one for each index, as an array")
+    v = checks.array("vectors", vectors, (n, len(index)), "columns, one for each eigenindex, as an array")
     v = v.astype(operator.dtype)  # what is judged is what is returned
     norms = _check_orthonormal(v, np.finfo(operator.dtype).eps)
 

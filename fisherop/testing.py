@@ -36,12 +36,15 @@ def check_adjoint(
         operator = aslinearoperator(operator)
     except TypeError:
         checks.refuse(TypeError, "operator", "a LinearOperator, or what SciPy makes one of", operator)
-    x = checks.generator(rng).standard_normal(operator.shape[1]).astype(operator.dtype)
+    if np.dtype(operator.dtype).kind not in "iufc":
+        checks.refuse(TypeError, "operator", "of real or complex numbers", operator.dtype)
+    dtype = np.result_type(operator.dtype, np.float32)
+    x = checks.generator(rng).standard_normal(operator.shape[1]).astype(dtype)
     ax = operator.matvec(x)
     left = float(np.vdot(ax, ax).real)
     right = float(np.vdot(x, operator.rmatvec(ax)).real)
     rtol = (
-        np.finfo(operator.dtype).eps ** 0.5
+        np.finfo(dtype).eps ** 0.5
         if rtol is None
         else checks.number("rtol", rtol, "a number from 0", lambda rtol: rtol >= 0)
     )

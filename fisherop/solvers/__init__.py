@@ -117,7 +117,7 @@ def eigenpairs(
     k = checks.integer("k", k, 1, n, what=f"an integer from 1 to N = {n}")
     checks.choice("which", which, ("both", "largest", "smallest"))
     tol, progress = checks.tolerance(tol), checks.flag("progress", progress)
-    maxiter = checks.integer("maxiter", maxiter, optional=True)
+    maxiter = checks.integer("maxiter", maxiter, 1, 2**31 - 1, optional=True)
     checks.choice("on_failure", on_failure, ("raise", "warn"))
     _check_state(state)
     solver, name, why = _choose(method, options, operator, k)
