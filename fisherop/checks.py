@@ -8,8 +8,8 @@ argument was meant.
 from __future__ import annotations
 
 import errno
+import math
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -82,13 +82,17 @@ def integer(
     return int(value)
 
 
-def number(name: str, value: Any, what: str = "a finite number", fits: Callable[[Any], bool] | None = None) -> float:
+def number(name: str, value: Any, what: str = "a finite number", fits: Callable[[float], bool] | None = None) -> float:
     """A real number that float64 holds, and that `fits`."""
     if not _is(Real, value):
         refuse(TypeError, name, what, value)
-    if not (abs(value) <= sys.float_info.max and (fits is None or fits(value))):
+    try:
+        found = float(value)
+    except OverflowError:  # of an integer
+        found = math.inf
+    if not math.isfinite(found) or (fits is not None and not fits(found)):
         refuse(ValueError, name, what, value)
-    return float(value)
+    return found
 
 
 def tolerance(tol: Any) -> float:
@@ -225,7 +229,8 @@ def path(name: str, value: Any, *, new: bool = False) -> str:
 def moved(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``tensor.to(*args, **kwargs)``, where that is a device of this machine, and a dtype that an image may have."""
     what = "a device of this machine, float32 or float64, or both, as torch.Tensor.to takes them"
-    given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+    given = (*args, *kwargs.values())
+    given = given[0] if len(given) == 1 else given
     for one in (*args, *kwargs.values()):  # PyTorch takes a number for a tensor, and its dtype
         if not isinstance(one, _MOVES):
             refuse(TypeError, name, what, given)

@@ -1,6 +1,6 @@
 """Every argument of the public API gets every wrong kind of thing: it is refused by its name, or right."""
 
-import inspect
+import re
 import warnings
 
 import numpy as np
@@ -14,7 +14,7 @@ import fisherop
 import fisherop.plenoptic as po
 from fisherop import Eigendistortion, FisherOperator, JacobianOperator, images, plot, testing
 
-REFUSED = (TypeError, ValueError, IndexError, OverflowError, FileNotFoundError, IsADirectoryError)
+REFUSED = (TypeError, ValueError, IndexError, OverflowError, FileNotFoundError)
 WRONG = {
     "None": None,
     "text": "text",
@@ -56,14 +56,77 @@ WRONG = {
 }
 
 
+ANY_SIZE = {"array", "integers", "empty array", "tensor", "half", "bfloat16", "empty tensor", "bools", "list"}
+SEEDS = {"None", "0", "2", "huge", "list", "nested list", "integers", "empty array", "empty tensor"}  # as NumPy has it
+# What is right, by argument, or by function and argument where they differ.
+RIGHT = {
+    "alpha": {"0", "-1", "2", "1.5", "number in an array"},
+    "as_gray": {"True"},
+    "as_rgb": {"None", "True"},
+    "call": {"0", "2", "huge"},
+    "channel_idx": {"None", "0", "-1", "2"},
+    "chunk_size": {"None", "2", "huge"},
+    "color_wheel.size": {"2"},
+    "details": {"None", "dict"},
+    "device": {"None"},
+    "distortion_scale": {"0", "-1", "2", "1.5", "number in an array"},
+    "eigenindex": {"0", "-1"},
+    "examine_saved_synthesis.map_location": set(WRONG),  # for plenoptic's files alone
+    "ground": {"None", "text", "empty text"},
+    "image": {"tensor", "tensor with gradient", "array", "integers", "bools", "half", "bfloat16"},
+    "in_float64.scale": {"-1", "2", "1.5"},
+    "index": {"0", "-1"},
+    "indices": {"0", "-1"},
+    "k": {"None", "2"},
+    "map_location": {"None"},
+    "matrix": {"array", "empty array", "tensor", "half", "bfloat16", "bools"},
+    "max_basis": {"None", "huge"},
+    "max_bytes": {"None"},
+    "max_iter": {"None", "2"},
+    "maxiter": {"None", "2"},
+    "certify.method": {"text", "empty text"},
+    "m": {"2"},
+    "n": {"2"},
+    "ncv": {"None", "2"},
+    "operator": {"array", "number in an array", "integers", "empty array", "complex array"},
+    "p": {"None", "0", "2", "huge"},
+    "probe": {"0", "2", "huge"},
+    "progress": {"True"},
+    "q": {"None", "0", "2", "huge"},
+    "raise_on_checks": {"True"},
+    "response_change.scale": {"0", "-1", "2", "1.5", "number in an array", *ANY_SIZE},
+    "rng": SEEDS,
+    "rtol": {"None", "0", "2", "1.5"},
+    "scale": {"None", "0", "-1", "2", "1.5"},
+    "sigma": {"list", "integers", "empty tensor"},
+    "size": {"None", "2", "integers"},
+    "state": {"None", "dict"},
+    "stop_criterion": {"None"},
+    "suptitle": {"None", "text", "empty text"},
+    "tensor_equality_atol": {"0", "2", "1.5"},
+    "tensor_equality_rtol": {"0", "2", "1.5"},
+    "title": {"text", "empty text"},
+    "tol": {"None"},
+    "vrange": {"None", "integers"},
+    "which": {"None"},
+    "zoom": {"None", "2"},
+}
+OPTIONAL = ("ax", "callback", "names", "orthogonal_to", "preconditioner", "process_distortion", "process_image")
+RIGHT |= {name: {"None"} for name in (*OPTIONAL, "sample", "v0")}
+OWN = {"model", "method", "callback", "process_image", "process_distortion", "run"}  # whose errors are the user's
+TAKE_ARRAYS = {"matvec", "matmat", "rmatvec", "rmatmat"}  # whose messages name the operator and the method
+
+
 def calls(names):
     """Each public function, and arguments with which it works; those that are tried are named after them."""
-    F, ed, image, model, V = (names[name] for name in ("F", "ed", "image", "model", "V"))  # noqa: N806
-    lin, J, path = F.linearization, F.jacobian, names["D"] + "/ok.npz"  # noqa: N806
+    F, ed, image, model, V = (names[name] for name in ("F", "ed", "image", "model", "V"))
+    lin, J, path = F.linearization, F.jacobian, names["D"] + "/ok.npz"
     po_ed = po.Eigendistortion(image, model).synthesize(progress=False, rng=0)
     quiet = {"progress": False, "rng": 0, "tol": 1e-3}
     built = {"image": image, "model": model, "engine": "auto", "chunk_size": None}
-    shown = {"process_image": None, "as_rgb": None, "channel_idx": None, "zoom": None, "vrange": None}
+    shown = dict.fromkeys(("as_rgb", "channel_idx", "zoom", "vrange"))
+    processed = shown | {"process_image": None}
+    both = processed | {"process_distortion": None}
     krylov = dict.fromkeys(("max_basis", "v0", "orthogonal_to", "callback", "state")) | {"basis_memory": 2**20}
     certified = {"operator": F, "vectors": V, "eigenindex": [0, 191], "tol": 1e-6, "method": "m", "probe": 5, "rng": 0}
 
@@ -122,7 +185,7 @@ def calls(names):
         ),
         "photograph": (images.photograph, {"as_gray": False, "size": 8, "dtype": torch.float32}),
         "color_wheel": (images.color_wheel, {"size": 4, "dtype": torch.float32}),
-        "imshow": (plot.imshow, {"image": image, "title": "", **shown, "ax": None}),
+        "imshow": (plot.imshow, {"image": image, "title": "", "ax": None} | shown),
         "plot.eigendistortions": (
             plot.eigendistortions,
             {"ed": ed, "indices": 0, "scale": 1.0, "vrange": None, "zoom": 1},
@@ -132,15 +195,15 @@ def calls(names):
         "convergence": (plot.convergence, {"result": ed.result}),
         "display": (
             po.display_eigendistortion,
-            {"eigendistortion": ed, "eigenindex": 0, "alpha": 5.0, "ax": None} | shown,
+            {"eigendistortion": ed, "eigenindex": 0, "alpha": 5.0, "ax": None} | processed,
         ),
         "display_all": (
             po.display_eigendistortion_all,
-            {"eigendistortion": ed, "eigenindex": 0, "alpha": 5.0, "process_distortion": None, "suptitle": ""} | shown,
+            {"eigendistortion": ed, "eigenindex": 0, "alpha": 5.0, "suptitle": ""} | both,
         ),
         "imshow_all": (
             po.eigendistortion_imshow_all,
-            {"eigendistortion": ed, "eigenindex": 0, "distortion_scale": 5.0, "process_distortion": None} | shown,
+            {"eigendistortion": ed, "eigenindex": 0, "distortion_scale": 5.0} | both,
         ),
         "po.load": (
             lambda **arguments: po.Eigendistortion(image, model).load(**arguments),
@@ -154,3 +217,58 @@ def calls(names):
         "linear_model": (testing.linear_model, {"matrix": np.eye(2), "dtype": torch.float64}),
         "count_flops": (testing.count_flops, {"run": lambda: None}),
     }
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("fuzz"))
+
+
+FUNCTIONS = re.findall(
+    r"\S+",
+    "linearize FisherOperator JacobianOperator Eigendistortion po.Eigendistortion jvp vjp respond from_linearization "
+    "in_float64 to_tensors to_dense J.to_dense matvec matmat rmatvec rmatmat eigenpairs golub_kahan exact eigsh svds "
+    "lobpcg power randomized_svd certify synthesize compute_jacobian response_change save load from_file to "
+    "LayerResponse center_crop load_image photograph color_wheel imshow plot.eigendistortions compare spectrum "
+    "convergence display display_all imshow_all po.load po.save examine_saved_synthesis check_adjoint matrix "
+    "linear_model count_flops",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_wrong_kinds(function, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what is saved as "text"
+    call, arguments = calls(names)[function]
+    call(**arguments)
+    before, faults = everything(names), []
+    for name in arguments:
+        right = RIGHT.get(f"{function}.{name}", RIGHT.get(name, set()))
+        right = right | {"text", "bytes"} if "path" in name else right
+        for kind, value in WRONG.items():
+            if (name, kind) == ("q", "huge") or (name in OWN and kind in ("class", "function")):
+                continue
+            got = outcome(call, arguments | {name: value}, name if function not in TAKE_ARRAYS else "")
+            if got and not (got == "taken" and kind in right):
+                faults.append(f"{name}={kind}: {got}")
+    assert not faults, "\n".join(faults)
+    after = everything(names)
+    assert after.rest == before.rest
+    assert all(same(after.tensors[path], tensor) for path, tensor in before.tensors.items())
+
+
+def outcome(call, arguments, name):
+    """Nothing, where it is refused by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            call(**arguments)
+        except fisherop.ConvergenceError:
+            return "taken"
+        except REFUSED as error:
+            return "" if re.search(rf"\b{name}\b", str(error)) else f"{type(error).__name__}: {error}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            pyplot.close("all")
+    return "taken"
