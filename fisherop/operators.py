@@ -220,6 +220,7 @@ class JacobianOperator(_ModelOperator):
         ValueError
             It would take more than `max_bytes` (2 GiB by default).
         """
+        max_bytes = checks.memory("max_bytes", max_bytes)
         if self.dense is not None:
             return self.dense
         _check_dense_size(self, max_bytes)

@@ -106,7 +106,7 @@ def _check_arithmetic(
     own = ed.image.device
     try:
         device = own if map_location is None else torch.device(map_location)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"map_location must be a device, like 'cpu' or 'cuda:0', or None, got {map_location!r}; a file holds no "
             "devices that could be mapped"
