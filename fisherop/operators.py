@@ -161,8 +161,10 @@ class _ModelOperator(LinearOperator):
             if np.isfinite(rows).all():
                 raise OverflowError(f"{self!r} was given a vector that exceeds what {self.dtype} can hold: scale it")
             raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
-        product = multiply(block).cpu().numpy().reshape(*batch, m)
-        if not np.isfinite(product).all():
+        return self._within_range(multiply(block)).cpu().numpy().reshape(*batch, m)
+
+    def _within_range(self, product: Tensor) -> Tensor:
+        if not checks.is_finite(product):
             raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
         return product
 
@@ -261,7 +263,7 @@ class FisherOperator(_ModelOperator):
         return self._jacobian
 
     def _forward(self, rows: Tensor) -> Tensor:
-        return self._vjp(self._jvp(rows))
+        return self._vjp(self._within_range(self._jvp(rows)))
 
     _reverse = _forward
 

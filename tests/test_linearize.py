@@ -8,7 +8,7 @@ from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, smal
 from torch import nn
 
 import fisherop
-from fisherop import linearize
+from fisherop import FisherOperator, linearize
 from fisherop.engines import ENGINES
 
 
@@ -371,6 +371,36 @@ def no_grad_inside(x):
 def test_no_grad_inside_is_named():
     with pytest.raises(ValueError, match=r"the usual causes are torch\.no_grad inside the model \(use \.detach"):
         linearize(torch.linspace(0, 1, 9), no_grad_inside)
+
+
+def confident(dtype, seed, scale):
+    """A softmax at 1 but for 10⁻⁴ to 10⁻⁷, by its image: rounding takes as large a share of its derivative."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(1000, 64, generator=generator) / 8).to(dtype)
+    return torch.randn(1, 64, generator=generator).to(dtype), lambda x: torch.softmax(scale * (x @ weight.T), -1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seed", "scale"), [(torch.float32, 7, 20), (torch.float32, 10, 20), (torch.float64, 7, 40)]
+)
+def test_rounding_is_not_taken_for_a_wrong_derivative(dtype, seed, scale):
+    lin = linearize(*confident(dtype, seed, scale))
+    assert torch.finfo(dtype).eps ** 0.5 < lin.mismatch < 1
+    result = fisherop.eigenpairs(FisherOperator.from_linearization(lin), 1, "largest", progress=False, rng=0, tol=0.5)
+    assert result.noise >= lin.mismatch
+
+
+@pytest.mark.parametrize("scale", [10, 20])
+def test_what_is_wrong_is_refused_beside_rounding(scale):
+    image, softmax = confident(torch.float32, 7, scale)
+
+    def wrong(x):
+        with torch.no_grad():
+            mean = x.mean()
+        return torch.cat([softmax(x), x.tanh() * mean], -1)
+
+    with pytest.raises(ValueError, match=r"derivatives disagree: (?s:.*) Or rounding, where a response saturates"):
+        linearize(image, wrong)
 
 
 @pytest.mark.parametrize(
