@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fisherop import checks
 from fisherop.checkpoint import keeping
 from fisherop.files import check_same, contents, read, result_from, write
 from fisherop.operators import FisherOperator
@@ -141,7 +142,10 @@ class Eigendistortion(BuiltAnew):
             Ctrl-C was pressed, see above.
         """
         if tol is not None and stop_criterion is not None:
-            raise ValueError(f"tol={tol:g} and stop_criterion={stop_criterion:g} mean the same: give one of them")
+            raise ValueError(f"tol={tol!r} and stop_criterion={stop_criterion!r} mean the same: give one of them")
+        for name in {"maxiter", "state"} & options.keys():
+            raise TypeError(f"synthesize has no option {name!r}: it has max_iter, and a state of its own")
+        max_iter = checks.integer("max_iter", max_iter, 1, 2**31 - 1, optional=True)
         tolerance = next(t for t in (tol, stop_criterion, 1e-6) if t is not None)
         options |= {name: value for name, value in (("p", p), ("q", q)) if value is not None}
         if k is None:
@@ -214,6 +218,7 @@ class Eigendistortion(BuiltAnew):
         ValueError
             It would take more than 2 GiB.
         """
+        progress = checks.flag("progress", progress)
         with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as operator:
             operator.jacobian.to_dense()
         return self.jacobian
@@ -263,10 +268,10 @@ class Eigendistortion(BuiltAnew):
             There is no such distortion.
         """
         result = self._found()
-        if not -len(result.eigenvalues) <= index < len(result.eigenvalues):
-            raise IndexError(f"index is {index}, but there are {len(result.eigenvalues)} eigendistortions")
+        index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
+        scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
         actual = change_along(self.operator, result.eigenvectors[:, index], scale)
-        return result.eigenvalues[index] ** 0.5 * np.abs(np.asarray(scale, dtype=np.float64)), actual
+        return result.eigenvalues[index] ** 0.5 * np.abs(scale), actual
 
     def _found(self) -> EigenResult:
         if self.result is None:
@@ -293,7 +298,7 @@ class Eigendistortion(BuiltAnew):
         TypeError
             A solver of your own left something in `details` that JSON can't hold.
         """
-        write(path, self._fields())
+        write(checks.path("path", path, new=True), self._fields())
 
     def _fields(self) -> dict[str, ArrayLike]:
         return contents(self._found(), self.operator.linearization, type(self), self.model)
@@ -316,7 +321,7 @@ class Eigendistortion(BuiltAnew):
             The file is damaged, of another kind or of a newer format, or belongs to another image or model; the object
             is unchanged.
         """
-        self._take(path, read(path, self.image))
+        self._take(path, read(checks.path("path", path), self.image))
         return self
 
     @classmethod
@@ -341,10 +346,10 @@ class Eigendistortion(BuiltAnew):
         ValueError
             As by `load`, and as by `linearize`.
         """
-        fields = read(path)
+        fields = read(checks.path("path", path))
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
-        self = cls(torch.as_tensor(fields["image"], device=device), model)
+        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device=device), model)
         self._take(path, fields)
         return self
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.result import Status, check_index, check_orthonormal, check_tol
+from fisherop import checks
+from fisherop.result import Status, check_index, check_orthonormal
 
 TEXT = "text"
 _FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
@@ -177,7 +178,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
     if noise > 1:
         raise wrong(path, "noise", f"is relative to the products, and can't be {noise}")
     for name, check in {
-        "tol": lambda tol: check_tol(tol.item()),
+        "tol": lambda tol: checks.tolerance(tol.item()),
         "eigenindex": lambda index: _check_stored_index(index, n),
         "eigenvectors": lambda v: check_orthonormal(v, np.finfo(v.dtype).eps),
         "details": lambda text: parse_json(text.item(), dict),
@@ -200,7 +201,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
 def _check_stored_index(index: NDArray[np.int64], n: int) -> None:
     if (index < 0).any():
         raise ValueError(f"it must not be negative, got {_shown(index)}")
-    check_index(index, n)
+    check_index(index.tolist(), n)
 
 
 def _check_status(

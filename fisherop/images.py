@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fisherop import checks
+
 
 def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     """The middle of an image, a view of it.
@@ -29,10 +31,13 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     ValueError
         The image is smaller.
     """
-    height, width = (size, size) if isinstance(size, int | np.integer) else size
-    have = tuple(image.shape[-2:])
-    if len(have) < 2 or not (1 <= height <= have[0] and 1 <= width <= have[1]):
-        raise ValueError(f"size must be from 1 to the image's own height and width {have}, got {size!r}")
+    have = tuple(checks.instance("image", image, (Tensor, np.ndarray), "a tensor or an array").shape[-2:])
+    if len(have) < 2:
+        checks.refuse(ValueError, "image", "of shape (..., height, width)", image)
+    sizes = checks.integers("size", size)
+    height, width = sizes * 2 if np.ndim(size) == 0 else sizes if len(sizes) == 2 else (0, 0)
+    if not (1 <= height <= have[0] and 1 <= width <= have[1]):
+        checks.refuse(ValueError, "size", f"one number or two, from 1 to the image's own height and width {have}", size)
     top, left = (have[0] - height) // 2, (have[1] - width) // 2
     return image[..., top : top + height, left : left + width]
 
@@ -67,6 +72,7 @@ def load_image(
     OSError
         There is no such file, or Pillow can't read it.
     """
+    path, as_gray, dtype = checks.path("path", path), checks.flag("as_gray", as_gray), checks.floating("dtype", dtype)
     with Image.open(path) as file:
         upright = ImageOps.exif_transpose(file)
         if upright.has_transparency_data:
@@ -114,6 +120,7 @@ def color_wheel(size: int = 128, *, dtype: torch.dtype = torch.float32) -> Tenso
     -------
     Tensor, shape (1, 3, size, size)
     """
+    size, dtype = checks.integer("size", size, 1, 2**15), checks.floating("dtype", dtype)
     axis = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / (size / 2)
     up, right = torch.meshgrid(-axis, axis, indexing="ij")
     saturation = torch.hypot(up, right)

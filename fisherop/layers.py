@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fisherop import checks
+
 
 class _Reached(Exception):
     """Carries a layer's output out of the forward pass that it ends."""
@@ -41,20 +43,17 @@ class LayerResponse(nn.Module):
 
     def __init__(self, model: nn.Module, layer: str, *, call: int = 0) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        checks.instance("model", model, nn.Module, "an nn.Module")
         names = [name for name, _ in model.named_modules() if name]
-        if layer not in names:
+        if checks.instance("layer", layer, str, "the name of a submodule, a str") not in names:
             near = difflib.get_close_matches(layer, names, n=5, cutoff=0.3) or names[:5]
             raise ValueError(
-                f"{type(model).__name__} has no layer {layer!r}; the nearest are {', '.join(map(repr, near))}; "
-                "all are in dict(model.named_modules())"
+                f"{type(model).__name__} has no layer {layer!r}; the nearest are {', '.join(map(repr, near)) or 'none'}"
+                "; all are in dict(model.named_modules())"
             )
-        if not isinstance(call, int) or call < 0:
-            raise ValueError(f"call must be an integer from 0, got {call!r}")
         self.model = model
         self.layer = layer
-        self.call = call
+        self.call = checks.integer("call", call, 0)
         self.training = model.training  # of this wrapper alone: train() would reach into the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import logging
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherop import programs
+from fisherop import checks, programs
 from fisherop.compat import attempt, prepare_recording
 from fisherop.contents import Contents
 from fisherop.current import ROUNDINGS, Current
@@ -105,7 +104,7 @@ class Linearization:
         The number of vectors that pass through the model together.
     mismatch : float
         How far J v and Jᵀu are from those of one matrix, relative to them, where the model has steps in a lower
-        precision than the image's; else 0.
+        precision than the image's, or rounding is large, as in a confident softmax; else 0.
     n_jvp, n_vjp : int
         How many vectors were multiplied with J and with Jᵀ since construction.
     on_product : callable or None
@@ -116,10 +115,8 @@ class Linearization:
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
         check_image(image)
-        if engine != "auto" and engine not in ENGINES:
-            raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        checks.choice("engine", engine, ("auto", *ENGINES))
+        chunk_size = checks.integer("chunk_size", chunk_size, optional=True)
         check_model(image, model)
         self.model = model
         self.options = {"engine": engine, "chunk_size": chunk_size}
@@ -250,6 +247,12 @@ class Linearization:
         if chunk_size > 1 and not isinstance(self._engine, Traced) and not vectorizes(self.jvp, self.vjp, v):
             self.chunk_size = 1
 
+    def _nonlinearity(self, v: Tensor, u: Tensor) -> float:
+        """‖J (v + w) − J v − J w‖ and the same of Jᵀ: what rounding leaves, as cancellation in a confident softmax."""
+        w, z = self._random(tuple(v.shape), seed=2), self._random(tuple(u.shape), seed=3)
+        triples = (map(self.jvp, (v + w, v, w)), map(self.vjp, (u + z, u, z)))
+        return sum(norm(both.double() - one.double() - other.double()) for both, one, other in triples)
+
     def _report(self, line: str) -> None:
         self.engine_report += (line,)
         _LOG.info("engine %s", line)
@@ -287,7 +290,7 @@ class Linearization:
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
-        self._check_block(tangents, "tangents", self.image_shape)
+        checks.tensor("tangents", tangents, ("k", *self.image_shape), self.image)
         if self._current is not None:
             self._current.check()
         return self._run(
@@ -296,7 +299,7 @@ class Linearization:
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
-        self._check_block(cotangents, "cotangents", (self.response_size,))
+        checks.tensor("cotangents", cotangents, ("k", self.response_size), self.image)
         if self._current is not None:
             self._current.check()
         return self._run(self._engine.vjp, cotangents, self.image_shape, "n_vjp", False)
@@ -329,7 +332,7 @@ class Linearization:
             plain = torch.autocast(device, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), plain:
             out = block.new_empty(len(block), *shape)
-            n = math.ceil(len(block) / self.chunk_size)  # chunks of equal size, so that few programs are made
+            n = -(-len(block) // self.chunk_size)  # chunks of equal size, so that few programs are made
             for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():
                 target.copy_(multiply(chunk))
                 with self._counting:
@@ -340,6 +343,7 @@ class Linearization:
 
     def respond(self, image: Tensor) -> Tensor:
         """The model's response to an image of this shape, flat (M,)."""
+        checks.tensor("image", image, self.image_shape, self.image)
 
         def run(_: list[Callable]) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():
@@ -353,15 +357,3 @@ class Linearization:
         Products look at the identity, place and version of its tensors alone.
         """
         self._current.check(thoroughly=True)
-
-    def _check_block(self, block: Tensor, name: str, shape: tuple[int, ...]) -> None:
-        if not isinstance(block, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(block).__name__}")
-        if tuple(block.shape[1:]) != shape or block.ndim == 0:
-            wanted = ", ".join(map(str, ("k", *shape)))
-            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(block.shape)}")
-        if block.dtype != self.image.dtype or block.device != self.image.device:
-            raise TypeError(
-                f"{name} must be {self.image.dtype} on {self.image.device} like the image, "
-                f"got {block.dtype} on {block.device}"
-            )

@@ -15,6 +15,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
+from fisherop import checks
 from fisherop.linearize import Linearization, linearize
 
 _DENSE_BYTES = 2**31
@@ -33,6 +34,8 @@ class _ModelOperator(LinearOperator):
     @classmethod
     def from_linearization(cls, linearization: Linearization) -> _ModelOperator:
         """The operator of a linearization that exists already; nothing is computed."""
+        if not hasattr(linearization, "jvp"):
+            checks.refuse(TypeError, "linearization", "a Linearization", linearization, "use linearize(image, model)")
         operator = cls.__new__(cls)
         operator._bind(linearization)
         return operator
@@ -77,7 +80,7 @@ class _ModelOperator(LinearOperator):
             As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`.
         """
         lin = self.linearization
-        image, model = lin.image.to(*args, **kwargs), lin.model
+        image, model = checks.moved("what to() is given", lin.image, *args, **kwargs), lin.model
         if image is lin.image:
             return self
         if isinstance(model, nn.Module):
@@ -98,6 +101,7 @@ class _ModelOperator(LinearOperator):
 
         Around float32 products, a solver's own rounding would otherwise add to the model's.
         """
+        scale = checks.number("scale", scale, "a finite number other than 0", bool)
 
         def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
             return lambda x: multiply(x).astype(np.float64) / scale
@@ -113,8 +117,8 @@ class _ModelOperator(LinearOperator):
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
-        rows = self._to_torch(np.asarray(columns).T)
-        return rows.reshape(len(rows), *self.image_shape)
+        columns = checks.array("columns", columns, (self.linearization.image_size, "k"))
+        return self._to_torch(columns.T).reshape(-1, *self.image_shape)
 
     @staticmethod
     def to_columns(block: Tensor) -> NDArray[np.floating]:
@@ -155,6 +159,8 @@ class _ModelOperator(LinearOperator):
     def _checked(self, method: str, x: ArrayLike, n: int) -> NDArray:
         """`x` as an array, whose shape the `method` of the SciPy in use takes."""
         x = x if issparse(x) else np.asanyarray(x)
+        if x.dtype.kind not in "biufc":
+            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {x.dtype}")
         if method.endswith("matvec"):
             fits = x.shape in ((n,), (n, 1)) or (_BATCHES and x.shape[-1:] == (n,))
             wanted = f"(..., {n})" if _BATCHES else f"({n},) or ({n}, 1)"
@@ -179,15 +185,19 @@ class _ModelOperator(LinearOperator):
 
     def _times_rows(self, multiply: _Product, rows: NDArray, sizes: tuple[int, int]) -> NDArray:
         """Rows ``(..., n)``, each by a product that takes ``(k, n)`` to ``(k, m)``, as ``(..., m)``; sizes are n, m."""
-        if not np.issubdtype(rows.dtype, np.number) and rows.dtype != bool:
-            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {rows.dtype}")
         if np.iscomplexobj(rows):
             return self._times_rows(multiply, rows.real, sizes) + 1j * self._times_rows(multiply, rows.imag, sizes)
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
         (n, m), batch = sizes, rows.shape[:-1]
-        product = multiply(self._to_torch(rows.reshape(math.prod(batch), n))).cpu().numpy().reshape(*batch, m)
-        if not np.isfinite(product).all():
+        with np.errstate(over="ignore"):
+            block = self._to_torch(rows.reshape(math.prod(batch), n))
+        if not checks.is_finite(block):
+            if np.isfinite(rows).all():
+                raise OverflowError(f"{self!r} was given a vector that exceeds what {self.dtype} can hold: scale it")
+            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
+        return self._within_range(multiply(block)).cpu().numpy().reshape(*batch, m)
+
+    def _within_range(self, product: Tensor) -> Tensor:
+        if not checks.is_finite(product):
             raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
         return product
 
@@ -245,6 +255,7 @@ class JacobianOperator(_ModelOperator):
         ValueError
             It would take more than `max_bytes` (2 GiB by default).
         """
+        max_bytes = checks.memory("max_bytes", max_bytes)
         if self.dense is not None:
             return self.dense
         _check_dense_size(self, max_bytes)
@@ -285,7 +296,7 @@ class FisherOperator(_ModelOperator):
         return self._jacobian
 
     def _forward(self, rows: Tensor) -> Tensor:
-        images = self._jvp(rows)
+        images = self._within_range(self._jvp(rows))
         products = self._vjp(images)
         if bool((images.any(dim=1) & ~products.any(dim=1)).any()):  # vᵀF v = ‖J v‖² > 0
             raise FloatingPointError(
@@ -330,7 +341,7 @@ def _sparse_message(operator: _ModelOperator) -> str:
 
 def _check_dense_size(operator: _ModelOperator, max_bytes: int) -> None:
     needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
-    if needed > max_bytes:
+    if needed > checks.memory("max_bytes", max_bytes):
         raise ValueError(
             f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
             f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"

@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fisherop.eigendistortion
+from fisherop import checks
+from fisherop.panels import Panel, describe, draw, to_pictures, value_range
 from fisherop.plenoptic_files import LoadWarning, examine, is_torchs, load_checked
-from fisherop.plot import Panel, describe, draw, to_pictures, value_range
+from fisherop.result import EigenResult
 
 
 class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
@@ -39,7 +41,7 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
 
     def save(self, file_path: str | os.PathLike) -> None:
         """`fisherop.Eigendistortion.save`; of attributes that you added the names are saved, not the values."""
-        super().save(file_path)
+        super().save(checks.path("file_path", file_path))
 
     def _fields(self) -> dict[str, Any]:
         return super()._fields() | {"attributes": np.array(sorted(self._added()), dtype=str)}
@@ -87,6 +89,7 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
         io.LoadWarning
             As above, with ``raise_on_checks=False``.
         """
+        checks.flag("raise_on_checks", raise_on_checks)
         if self.result is not None:
             raise ValueError(
                 "load can only be called with a just-initialized Eigendistortion object, and this one has a result: "
@@ -94,7 +97,7 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
             )
         operator, result = load_checked(
             self,
-            file_path,
+            checks.path("file_path", file_path),
             map_location,
             None if raise_on_checks else io.LoadWarning,
             tensor_equality_atol,
@@ -194,10 +197,9 @@ def display_eigendistortion_all(
     ValueError
         One of these eigendistortions has not been synthesized, `alpha` has another length, or as in `imshow`.
     """
-    indices = np.atleast_1d(eigenindex).tolist()
-    alphas = np.atleast_1d(alpha).tolist() if np.ndim(alpha) else [float(alpha)] * len(indices)
-    if len(alphas) != len(indices):
-        raise ValueError(f"alpha must be one number, or one for each of {indices}, got {alpha!r}")
+    indices = checks.integers("eigenindex", eigenindex)
+    alphas = _norms("alpha", alpha, indices)
+    checks.instance("suptitle", suptitle, (str, type(None)), "a str, or None")
     show = _Shown(eigendistortion, process_image, process_distortion, as_rgb, channel_idx, vrange)
     above, below = [None] * len(show.image()), show.image()
     for index, scale in zip(indices, alphas, strict=True):
@@ -216,19 +218,34 @@ def eigendistortion_imshow_all(
     **kwargs: Any,
 ) -> Figure:
     """`display_eigendistortion_all` as plenoptic 2 calls it: `eigenindex` is the position among those found."""
-    positions = np.atleast_1d(eigenindex).tolist()
-    found = [] if eigendistortion.result is None else eigendistortion.result.eigenindex.tolist()
-    if found and not all(-len(found) <= i < len(found) for i in positions):
-        raise ValueError(f"eigenindex holds positions among the {len(found)} eigendistortions found, got {positions}")
+    found = _result(eigendistortion).eigenindex.tolist()
+    positions = checks.integers("eigenindex", eigenindex)
+    positions = [checks.position("eigenindex", i, len(found), "eigendistortions found") for i in positions]
     return display_eigendistortion_all(
         eigendistortion,
-        [found[i] for i in positions if found],
-        distortion_scale,
+        [found[i] for i in positions],
+        _norms("distortion_scale", distortion_scale, positions),
         process_image,
         process_distortion,
         channel_idx=channel_idx,
         **kwargs,
     )
+
+
+def _norms(name: str, value: float | Sequence[float], indices: list[int]) -> list[float]:
+    what = f"one number, or one for each of {indices}"
+    norms = checks.array(name, value, what=what)
+    if norms.shape not in ((), (len(indices),)):
+        checks.refuse(ValueError, name, what, value)
+    return np.broadcast_to(norms, len(indices)).tolist()
+
+
+def _result(eigendistortion: fisherop.eigendistortion.Eigendistortion) -> EigenResult:
+    kind = fisherop.eigendistortion.Eigendistortion
+    checks.instance("eigendistortion", eigendistortion, kind, "an Eigendistortion")
+    if eigendistortion.result is None:
+        raise ValueError("there are no eigendistortions to show: call synthesize() first")
+    return eigendistortion.result
 
 
 class _Shown:
@@ -243,8 +260,10 @@ class _Shown:
         channel_idx: int | None,
         vrange: tuple[float, float] | None,
     ) -> None:
-        if ed.result is None:
-            raise ValueError("there are no eigendistortions to show: call synthesize() first")
+        self.result = _result(ed)
+        for name, process in {"process_image": process_image, "process_distortion": process_distortion}.items():
+            if process is not None:
+                checks.function(name, process, "callable, or None")
         self.ed, self.process_image, self.process_distortion = ed, process_image, process_distortion
         self.channels = as_rgb, channel_idx
         self.original = ed.image.detach().cpu().clone()  # a process_image in place changes nothing else
@@ -254,7 +273,7 @@ class _Shown:
         return self._panels(self.original.clone(), self.process_image, "image", self.limits)
 
     def sum(self, index: int, scale: float) -> list[Panel]:
-        distortion, name = self._distortion(index)
+        (distortion, name), scale = self._distortion(index), checks.number("alpha", scale)
         return self._panels(
             self.original + scale * distortion, self.process_image, f"image + {scale:.3g} × {name}", self.limits
         )
@@ -269,19 +288,20 @@ class _Shown:
         return self._panels(distortion, self.process_distortion, name, limits)
 
     def _distortion(self, index: int) -> tuple[Tensor, str]:
-        result = self.ed.result
+        result, n = self.result, self.result.image_size
         ranks = result.eigenindex.tolist()
-        if not -result.image_size <= index < result.image_size or index % result.image_size not in ranks:
-            raise ValueError(
-                f"eigenindex {index} is none of those synthesized, {ranks} of {result.image_size}: name one of these, "
-                "or synthesize more with k"
-            )
-        column = ranks.index(index % result.image_size)
+        what = f"an integer, and one of those synthesized, {ranks} of {n}"
+        checks.integer("eigenindex", index, -n, n - 1, what=what)
+        if index % n not in ranks:
+            checks.refuse(ValueError, "eigenindex", what, index, "synthesize more with k")
+        column = ranks.index(index % n)
         tensor = self.ed.operator.to_tensors(result.eigenvectors[:, [column]])[0].cpu()
         return tensor, f"eigendistortion {ranks[column]}\nλ = {result.eigenvalues[column]:.3g}"
 
     def _pictures(self, tensor: Tensor, process: Callable[[Tensor], Tensor] | None) -> list:
-        return to_pictures(tensor if process is None else process(tensor), *self.channels)
+        if process is None:
+            return to_pictures(tensor, *self.channels)
+        return to_pictures(process(tensor), *self.channels, name="what process_image or process_distortion returns")
 
     def _panels(
         self, tensor: Tensor, process: Callable[[Tensor], Tensor] | None, title: str, limits: tuple[float, float]
@@ -307,6 +327,7 @@ def examine_saved_synthesis(file_path: str | os.PathLike, map_location: str | to
     ValueError
         The file is damaged or of another kind.
     """
+    file_path = checks.path("file_path", file_path)
     if is_torchs(file_path):
         _module("plenoptic.io").examine_saved_synthesis(file_path, map_location)
     else:

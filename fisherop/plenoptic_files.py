@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.files import name_of, read, response_difference, result_from, same_response, versions
 from fisherop.operators import FisherOperator
@@ -40,8 +41,7 @@ def load_checked(
     A check that fails raises if `category` is None, and else warns of that category.
     """
     for name, value in {"tensor_equality_atol": atol, "tensor_equality_rtol": rtol}.items():
-        if not isinstance(value, int | float | np.number) or not 0 <= value < np.inf:
-            raise ValueError(f"{name} must be a number from 0, got {value!r}")
+        checks.number(name, value, "a finite number from 0", lambda value: value >= 0)
     fields = read(path)
     # a file of an earlier version of fisherop lacks some of these
     types = {"object": name_of(type(ed)), "model": name_of(ed.model), "attributes": np.array(sorted(attributes))}
@@ -106,7 +106,7 @@ def _check_arithmetic(
     own = ed.image.device
     try:
         device = own if map_location is None else torch.device(map_location)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"map_location must be a device, like 'cpu' or 'cuda:0', or None, got {map_location!r}; a file holds no "
             "devices that could be mapped"

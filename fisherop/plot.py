@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +10,9 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.eigendistortion import Eigendistortion
+from fisherop.panels import Panel, describe, draw, to_pictures, value_range
 from fisherop.result import EigenResult, Status
 
 _MARKERS = {
@@ -21,16 +21,6 @@ _MARKERS = {
     Status.NOT_EXTREME: "s",
     Status.UNCONVERGED: "x",
 }
-_DPI, _GAP, _PANEL = 100, 16, 260  # dots per inch; between panels and for a panel of usual size, in dots
-_HAIR = 1e-6  # of a dot: up to matplotlib 3.10, a size that rounding leaves just above whole dots takes one more
-
-
-class Panel(NamedTuple):
-    """A picture, grey (height, width) or colour (height, width, 3), its values of black and white, and its title."""
-
-    pixels: NDArray
-    vrange: tuple[float, float]
-    title: str
 
 
 def imshow(
@@ -76,9 +66,9 @@ def imshow(
         There is no such channel.
     """
     pictures = to_pictures(image, as_rgb, channel_idx)
-    titles = [title] * len(pictures) if isinstance(title, str) else list(title)
-    if len(titles) != len(pictures):
-        raise ValueError(f"title must be one text, or one for each of the {len(pictures)} pictures, got {title!r}")
+    what = f"a text, or one for each of the {len(pictures)} pictures"
+    titles = [title] * len(pictures) if isinstance(title, str) else title
+    titles = checks.several("title", titles, str, what, len(pictures))
     limits = value_range(pictures, vrange)
     titled = zip(pictures, titles, strict=True)
     row = [Panel(pixels, limits, f"{text}\n{describe(limits)}".lstrip()) for pixels, text in titled]
@@ -122,16 +112,11 @@ def eigendistortions(
     """
     image, distortions = _pictures(ed)
     values = ed.result.eigenvalues
-    indices = np.atleast_1d(indices).tolist()
-    if not indices:
-        raise ValueError("indices is empty: name at least one distortion, as in (0, -1)")
-    for i in indices:
-        if not -len(values) <= i < len(values):
-            raise IndexError(f"indices holds {i}, but there are {len(values)} eigendistortions")
+    indices = checks.integers("indices", indices)
+    indices = [checks.position("indices", i, len(values), "eigendistortions found") for i in indices]
     limits = value_range([image], vrange)
-    if scale is None:
-        scale = 0.05 * (limits[1] - limits[0]) * image.size**0.5
-    rms = scale / image.size**0.5
+    scale = _scale(scale, limits, image.size)
+    rms = abs(scale) / image.size**0.5
     rows = []
     for i in indices:
         peak = float(np.abs(distortions[i]).max())
@@ -178,18 +163,15 @@ def compare(
         There is nothing to compare, `names` has another length, or one of them is refused by `eigendistortions` or
         lacks an end.
     """
-    names = [type(ed.model).__name__ for ed in eds] if names is None else list(names)
-    if not eds or len(names) != len(eds):
-        raise ValueError(
-            f"eds must hold at least one Eigendistortion, and names one each, got {len(eds)}, {len(names)}"
-        )
+    eds = checks.several("eds", eds, Eigendistortion, "a sequence of at least one Eigendistortion")
+    names = [type(ed.model).__name__ for ed in eds] if names is None else names
+    names = checks.several("names", names, str, f"a text for each of the {len(eds)} eds", len(eds))
     for ed, name in zip(eds, names, strict=True):
         if ed.result is not None and not {0, ed.result.image_size - 1} <= set(ed.result.eigenindex.tolist()):
             raise ValueError(f"{name!r} lacks an end of its spectrum: call synthesize(which='both')")
     pictures = [_pictures(ed) for ed in eds]
     limits = value_range([image for image, _ in pictures], vrange)
-    if scale is None:
-        scale = 0.05 * (limits[1] - limits[0]) * max(image.size for image, _ in pictures) ** 0.5
+    scale = _scale(scale, limits, max(image.size for image, _ in pictures))
     rows = []
     for ed, name, (image, distortions) in zip(eds, names, pictures, strict=True):
         row = [Panel(image, limits, f"{name}\n{describe(limits)}")]
@@ -222,10 +204,10 @@ def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] 
     ValueError
         There is no result, or `names` has another length.
     """
-    results = [results] if isinstance(results, EigenResult) else list(results)
-    names = [result.method for result in results] if names is None else list(names)
-    if not results or len(names) != len(results):
-        raise ValueError(f"results must hold at least one, and names one each, got {len(results)}, {len(names)}")
+    results = [results] if isinstance(results, EigenResult) else results
+    results = checks.several("results", results, EigenResult, "an EigenResult, or a sequence of at least one")
+    names = [result.method for result in results] if names is None else names
+    names = checks.several("names", names, str, f"a text for each of the {len(results)} results", len(results))
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     ax = figure.subplots()
     last, titles = results[0].image_size - 1, []
@@ -282,7 +264,7 @@ def convergence(result: EigenResult) -> Figure:
     ValueError
         The result has no history.
     """
-    history = result.details.get("history")
+    history = checks.instance("result", result, EigenResult, "an EigenResult").details.get("history")
     if not history:
         raise ValueError(f"the result of method {result.method!r} has no history: use method='golub_kahan'")
     top = result.lambda_max_bounds[0] or 1.0
@@ -310,120 +292,14 @@ def convergence(result: EigenResult) -> Figure:
     return figure
 
 
-def to_pictures(image: Tensor | ArrayLike, as_rgb: bool | None = None, channel_idx: int | None = None) -> list[NDArray]:
-    """The pictures that `imshow` shows of an image: one (height, width, 3), or a (height, width) for each channel."""
-    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image).astype(np.float64)
-    if pixels.ndim < 2:
-        raise ValueError(f"the image must have shape (..., height, width), got {pixels.shape}")
-    channels = pixels.reshape(-1, *pixels.shape[-2:])
-    count = len(channels)
-    if channel_idx is not None:
-        if as_rgb:
-            raise ValueError(f"as_rgb shows all channels, and channel_idx={channel_idx} one: give one of them")
-        if not -count <= channel_idx < count:
-            raise IndexError(f"channel_idx is {channel_idx}, but the image has {count} channels")
-        return [channels[channel_idx]]
-    if as_rgb and count != 3:
-        raise ValueError(f"as_rgb needs an image of three channels, (..., 3, height, width), got shape {pixels.shape}")
-    return [np.moveaxis(channels, 0, -1)] if count == 3 and as_rgb is not False else list(channels)
-
-
-def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None) -> tuple[float, float]:
-    """Black and white: (0, 1) where all pictures keep to it, else their extremes."""
-    if not all(np.isfinite(p).all() for p in pictures):
-        raise ValueError("what is to be shown holds NaN or infinity")
-    if vrange is None:
-        least, most = float(min(p.min() for p in pictures)), float(max(p.max() for p in pictures))
-        vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (least, most)
-        if least == most and vrange != (0.0, 1.0):
-            raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
-    low, high = vrange
-    if not 0 < high - low < np.inf:
-        raise ValueError(f"vrange must ascend and be finite, got {vrange}: pass the values of black and white")
-    return low, high
-
-
-def describe(vrange: tuple[float, float]) -> str:
-    low, high = vrange
-    digits = 3 + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))  # so that they differ
-    return f"black {low:.{digits}g}, white {high:.{digits}g}"
-
-
-def draw(
-    rows: Sequence[Sequence[Panel | None]],
-    *,
-    zoom: int | None = None,
-    suptitle: str = "",
-    ax: Axes | None = None,
-    new_figure: Callable[..., Figure] = Figure,
-) -> Figure:
-    """Draw rows of panels, each pixel as `zoom` × `zoom` dots, and each column as wide as its titles need."""
-    rows = [[None if panel is None else _clipped(panel) for panel in row] for row in rows]
-    panels = [panel for row in rows for panel in row if panel is not None]
-    if ax is not None:
-        if len(panels) != 1 or zoom is not None:
-            raise ValueError(f"ax takes one picture, at its own size, but there are {len(panels)} and zoom is {zoom}")
-        _fill(ax, panels[0])
-        return ax.figure
-    if zoom is None:
-        zoom = max(1, round(_PANEL / max(max(p.pixels.shape[:2]) for p in panels)))
-    if zoom != round(zoom) or zoom < 1:
-        raise ValueError(f"zoom must be a whole number from 1, got {zoom}: crop the image where it is too large")
-    zoom = int(zoom)
-    width = max(len(row) for row in rows)
-    rows = [[*row, *[None] * (width - len(row))] for row in rows]
-    figure = new_figure(dpi=_DPI)
-    sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]
-    columns = [max(max(width, text) for width, _, text in column) for column in zip(*sizes, strict=True)]
-    lines = max(panel.title.count("\n") + 1 for panel in panels)
-    above, heights = 20 * lines, [max(height for _, height, _ in row) for row in sizes]
-    head = _text_width(figure, suptitle, 12) if suptitle else 0
-    width = max(sum(columns) + _GAP * (len(columns) + 1), head + 2 * _GAP)
-    height = sum(heights) + (above + _GAP) * len(rows) + _GAP + (40 if suptitle else 0)
-    figure.set_size_inches(width / _DPI, height / _DPI)
-    if suptitle:
-        figure.text(0.5, 1 - 14 / height, suptitle, fontsize=12, ha="center", va="top")
-    left, bottom = (width - sum(columns) - _GAP * (len(columns) - 1)) // 2, height - (40 if suptitle else 0)
-    for row, row_sizes, row_height in zip(rows, sizes, heights, strict=True):
-        x, bottom = left, bottom - above - row_height - _GAP
-        for panel, (w, h, _), column in zip(row, row_sizes, columns, strict=True):
-            if panel is not None:
-                edge, w, h = x + (column - w) // 2, w - _HAIR, h - _HAIR
-                _fill(figure.add_axes((edge / width, bottom / height, w / width, h / height)), panel)
-            x += column + _GAP
-    return figure
-
-
-def _clipped(panel: Panel) -> Panel:
-    """What keeps to its range, and a title that says how much of it did not."""
-    low, high = panel.vrange
-    pixels = np.clip(panel.pixels, low, high)
-    share = np.mean(np.abs(pixels - panel.pixels) > 1e-6 * (high - low))
-    return Panel(pixels, panel.vrange, panel.title + (f", {math.ceil(100 * share)} % clipped" if share else ""))
-
-
-def _size(figure: Figure, panel: Panel, zoom: int) -> tuple[int, int, int]:
-    """Width and height of the picture, and width of its title, in dots."""
-    height, width = panel.pixels.shape[:2]
-    return width * zoom, height * zoom, max(_text_width(figure, line, 9) for line in panel.title.split("\n"))
-
-
-def _text_width(figure: Figure, text: str, fontsize: float) -> int:
-    drawn = figure.text(0, 0, text, fontsize=fontsize)
-    width = int(np.ceil(drawn.get_window_extent().width))
-    drawn.remove()
-    return width
-
-
-def _fill(ax: Axes, panel: Panel) -> None:
-    low, high = panel.vrange
-    ax.imshow((panel.pixels - low) / (high - low), vmin=0, vmax=1, cmap="gray", interpolation="nearest", origin="upper")
-    ax.set_title(panel.title, fontsize=9)
-    ax.set_axis_off()
+def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:
+    """That of distortions, which is to be their norm; by default 5 % of the range from black to white are their RMS."""
+    return 0.05 * (limits[1] - limits[0]) * size**0.5 if scale is None else checks.number("scale", scale)
 
 
 def _pictures(ed: Eigendistortion) -> tuple[NDArray, list[NDArray]]:
     """The image and the distortions, each (height, width) or (height, width, 3)."""
+    checks.instance("ed", ed, Eigendistortion, "an Eigendistortion")
     if ed.result is None or len(ed.result.eigenvalues) == 0:
         raise ValueError("there are no eigendistortions to show: call synthesize() first")
     blocks = [ed.image, *ed.operator.to_tensors(ed.result.eigenvectors)]

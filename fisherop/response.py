@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fisherop import checks
 from fisherop.compat import differentiable
 from fisherop.draws import Watch, another_seed
 from fisherop.guard import Guard
@@ -167,12 +168,14 @@ def _check_same(response: Tensor, again: Tensor) -> None:
 
 
 def check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}: use torch.as_tensor(image)")
+    checks.instance("image", image, Tensor, "a torch.Tensor", "use torch.as_tensor(image)")
     if image.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
-    if image.layout != torch.strided:
-        raise TypeError(f"image must be dense, got the layout {image.layout}: use image.to_dense()")
+    if image.layout != torch.strided or image.is_meta:
+        raise TypeError(
+            f"image must be dense and hold values, got {image.layout} on {image.device}: use image.to_dense(), and "
+            "another device than meta"
+        )
     if image.numel() == 0:
         raise ValueError(f"image is empty: its shape is {tuple(image.shape)}")
     if image.ndim >= 4 and image.shape[0] > 1:
@@ -181,13 +184,14 @@ def check_image(image: Tensor) -> None:
             "a time, `for one in image.split(1)`; where the first dimension is no batch, pass `image[None]` and "
             "`lambda x: model(x[0])`"
         )
-    if not torch.isfinite(image).all():
+    if not checks.is_finite(image):
         raise ValueError("image holds NaN or infinity")
 
 
 def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
-    if not callable(model):
-        raise TypeError(f"model must be a callable or an nn.Module, got {type(model).__name__}")
+    checks.function("model", model, "a callable or an nn.Module")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        checks.refuse(TypeError, "model", "a callable or an nn.Module", model, "make an instance of it")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():

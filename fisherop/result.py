@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fisherop import checks
 from fisherop.current import warn
 from fisherop.jacobian import counted, scaled
 from fisherop.sample import Sample, ritz_extremes
@@ -233,26 +234,26 @@ def certify(
     """
     operator = getattr(operator, "fisher", operator)
     if not hasattr(operator, "jacobian"):
-        raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
-    check_tol(tol)
-    if not isinstance(probe, int | np.integer) or probe < 0:
-        raise ValueError(f"probe must be an integer from 0, got {probe!r}")
-    details = dict(details or {})
-    v = np.asarray(vectors).astype(operator.dtype)  # what is judged is what is returned
-    eps = float(np.finfo(v.dtype).eps)
+        checks.refuse(TypeError, "operator", "a FisherOperator or a JacobianOperator", operator)
+    tol, probe = checks.tolerance(tol), checks.integer("probe", probe, 0)
+    checks.instance("method", method, str, "a str, the name of what found the vectors")
+    checks.instance("ground", ground, (str, type(None)), "a str, or None")
+    details = dict(checks.instance("details", details, (Mapping, type(None)), "a mapping, or None") or {})
+    checks.instance("sample", sample, (Sample, type(None)), "a Sample, or None")
+    dtype, eps = operator.dtype, float(np.finfo(operator.dtype).eps)
     if against is not None:
         operator, sample = _judge(operator, against), None
-        ground = ground and f"{ground}, in {v.dtype}"
+        ground = ground and f"{ground}, in {dtype}"
         details = {name: x for name, x in details.items() if name not in ("lambda_max_upper", "lambda_min_lower")}
         details["against"] = f"judged by products in {operator.dtype}"
     operator = counted(operator)
     n, m = operator.shape[0], operator.jacobian.shape[0]
-    index = check_index(eigenindex, n)
-    if v.shape != (n, len(index)):
-        raise ValueError(f"vectors must have shape ({n}, {len(index)}), one column an index, got {v.shape}")
+    index = check_index(checks.integers("eigenindex", eigenindex, 0), n)
+    v = checks.array("vectors", vectors, (n, len(index)), "columns, one for each eigenindex, as an array")
+    v = v.astype(dtype)  # what is judged is what is returned
     norms = check_orthonormal(v, eps)
 
-    sample = sample or Sample.of(operator, spawned(rng))
+    sample = sample or Sample.of(operator, checks.spawned(rng))
     operator = scaled(operator, sample.exponent)
     unit = 2.0 ** (-2 * sample.exponent)  # what stands for an eigenvalue of 1 from here on
     jacobian = operator.jacobian
@@ -314,43 +315,30 @@ def _judge(operator: Any, against: Any) -> Any:
         return operator.to(against)
     judge = getattr(against, "fisher", against)
     if not hasattr(judge, "jacobian"):
-        raise TypeError(f"against must be a dtype, as torch.float64, or a FisherOperator, got {against!r}")
+        checks.refuse(TypeError, "against", "a dtype, as torch.float64, or a FisherOperator", against)
     if judge.shape != operator.shape:
-        raise ValueError(f"against must be an operator of shape {operator.shape}, as the one it judges; got {judge!r}")
+        checks.refuse(ValueError, "against", f"an operator of shape {operator.shape}, as the one it judges", judge)
     return judge
 
 
-def check_tol(tol: float) -> None:
-    if not isinstance(tol, int | float | np.number) or not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1 (it is relative to λ_max), got {tol!r}")
-
-
-def spawned(rng: int | np.random.Generator | None) -> np.random.Generator:
-    """A generator of a stream of its own, so that a start vector never repeats data drawn from the same seed."""
-    try:
-        return np.random.default_rng(rng).spawn(1)[0]
-    except TypeError as error:
-        raise TypeError(f"rng must be a seed or a Generator by numpy.random.default_rng, got {rng!r}") from error
-
-
-def check_index(eigenindex: Sequence[int], n: int) -> NDArray[np.intp]:
+def check_index(eigenindex: list[int], n: int) -> NDArray[np.intp]:
     """Indices from 0, by ascending value; ValueError unless they run from one end of 0 … n − 1, or both."""
-    index = np.array([i + n if i < 0 else i for i in eigenindex], dtype=np.intp)
-    if len(index) and not (index[0] >= 0 and index[-1] < n and (np.diff(index) > 0).all()):
-        raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {list(eigenindex)}")
+    if not all(-n <= i < n for i in eigenindex):
+        checks.refuse(ValueError, "eigenindex", f"indices from 0 to {n - 1}, or from -1 down to -{n}", eigenindex)
+    index = np.array([i % n for i in eigenindex], dtype=np.intp)
+    if (np.diff(index) <= 0).any():
+        raise ValueError(f"eigenindex must ascend within 0 … {n - 1}, got {eigenindex}")
     from_top = int((index == np.arange(len(index))).sum())
     if not np.array_equal(index[from_top:], np.arange(n - len(index) + from_top, n)):
         raise ValueError(
             f"eigenindex must run on from 0, or up to {n - 1}, or both, since no other index can be examined; got "
-            f"{list(eigenindex)}"
+            f"{eigenindex}"
         )
     return index
 
 
 def check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
     """The norms of columns (N, K); ValueError unless these are orthonormal."""
-    if not np.isfinite(v).all():
-        raise ValueError("vectors hold NaN or infinity")
     gram = np.zeros((v.shape[1], v.shape[1]))
     for i in range(0, len(v), _SLAB):  # of which copies in float64 are small
         slab = v[i : i + _SLAB].astype(np.float64)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fisherop import checks
 
 
 def check_adjoint(
@@ -30,11 +32,22 @@ def check_adjoint(
     AssertionError
         The sides differ by more; the message says by how much.
     """
-    x = np.random.default_rng(rng).standard_normal(operator.shape[1]).astype(operator.dtype)
+    try:
+        operator = aslinearoperator(operator)
+    except TypeError:
+        checks.refuse(TypeError, "operator", "a LinearOperator, or what SciPy makes one of", operator)
+    if np.dtype(operator.dtype).kind not in "iufc":
+        checks.refuse(TypeError, "operator", "of real or complex numbers", operator.dtype)
+    dtype = np.result_type(operator.dtype, np.float32)
+    x = checks.generator(rng).standard_normal(operator.shape[1]).astype(dtype)
     ax = operator.matvec(x)
     left = float(np.vdot(ax, ax).real)
     right = float(np.vdot(x, operator.rmatvec(ax)).real)
-    rtol = np.finfo(operator.dtype).eps ** 0.5 if rtol is None else rtol
+    rtol = (
+        np.finfo(dtype).eps ** 0.5
+        if rtol is None
+        else checks.number("rtol", rtol, "a number from 0", lambda rtol: rtol >= 0)
+    )
     assert abs(left - right) <= rtol * left, f"⟨A x, A x⟩ = {left:.8g}, but ⟨x, AᴴA x⟩ = {right:.8g}"
 
 
@@ -42,8 +55,10 @@ def matrix_with_singular_values(
     sigma: ArrayLike, m: int, n: int, *, rng: int | np.random.Generator | None = 0
 ) -> NDArray[np.float64]:
     """A random matrix (m, n) whose singular values are `sigma`, at most min(m, n) of them; the rest are zero."""
-    rng = np.random.default_rng(rng)
-    sigma = np.asarray(sigma, dtype=np.float64)
+    m, n, rng = checks.integer("m", m), checks.integer("n", n), checks.generator(rng)
+    sigma = checks.array("sigma", sigma, ("r",)).astype(np.float64)
+    if len(sigma) > min(m, n) or (sigma < 0).any():
+        checks.refuse(ValueError, "sigma", f"at most min(m, n) = {min(m, n)} numbers from 0", sigma)
     u = np.linalg.qr(rng.standard_normal((m, len(sigma))))[0]
     v = np.linalg.qr(rng.standard_normal((n, len(sigma))))[0]
     return (u * sigma) @ v.T
@@ -51,9 +66,12 @@ def matrix_with_singular_values(
 
 def linear_model(matrix: ArrayLike, dtype: torch.dtype = torch.float64) -> Callable[[Tensor], Tensor]:
     """The model y = A x of a matrix A (M, N), for an image of N elements in any shape: its Jacobian is A."""
-    weight = torch.tensor(np.asarray(matrix), dtype=dtype)
+    matrix = checks.array("matrix", matrix, ("M", "N"))
+    weight = torch.tensor(matrix, dtype=checks.floating("dtype", dtype))
 
     def model(x: Tensor) -> Tensor:
+        if x.numel() != weight.shape[1] or x.dtype != dtype:
+            checks.refuse(ValueError, "image", f"of {weight.shape[1]} elements of {dtype}, as the matrix is", x)
         return weight.to(x.device) @ x.reshape(-1)
 
     return model
@@ -61,6 +79,7 @@ def linear_model(matrix: ArrayLike, dtype: torch.dtype = torch.float64) -> Calla
 
 def count_flops(run: Callable[[], object]) -> int:
     """The floating-point operations of what `run` does, by PyTorch's own formulas: convolutions and matrix products."""
+    checks.function("run", run)
     with _Flops() as counter:
         run()
     return counter.total

@@ -118,7 +118,7 @@ def test_thresholds_and_changes_of_the_response(seed, dtype, shape):
 def test_thresholds_of_what_is_not_noticed_at_all():
     ed = Eigendistortion(torch.ones(1, 4, dtype=torch.float64), lambda x: x[:, :2]).synthesize("exact", progress=False)
     np.testing.assert_array_equal(ed.detection_thresholds()[0], [1, 1, np.inf, np.inf])
-    with pytest.raises(IndexError, match="index is 4, but there are 4 eigendistortions"):
+    with pytest.raises(IndexError, match="a position among the 4 eigendistortions found, from -4 to 3, got 4"):
         ed.response_change(4, 1.0)
     for method in (linear().detection_thresholds, lambda: linear().response_change(0, 1.0)):
         with pytest.raises(ValueError, match=r"no eigendistortions yet: call synthesize\(\) first"):

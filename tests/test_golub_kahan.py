@@ -355,7 +355,7 @@ def test_a_state_is_of_one_operator():
     solve(diagonal(np.linspace(2, 1, 40)), state=state)
     with pytest.raises(ValueError, match="state belongs to another operator: pass an empty dict"):
         solve(diagonal(np.linspace(2, 1, 40)), state=state)
-    with pytest.raises(TypeError, match="state must be a dict, empty at first, or None, got list"):
+    with pytest.raises(TypeError, match="state must be a dict, empty at first, or None, got "):
         solve(diagonal(np.linspace(2, 1, 40)), state=[])
 
 
@@ -564,21 +564,22 @@ def test_history_and_details():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_basis": 5}, "max_basis must be an integer from 6 k \\+ 20, or N, here 26, got 5"),
+        ({"max_basis": 5}, "max_basis must be an integer from 6 k \\+ 20, or N, here 26, or None, got 5"),
         ({"max_basis": 40.0}, "max_basis must be an integer .* got 40.0"),
         ({"basis_memory": 1000}, "basis_memory=1000 holds 3 vectors of 40 elements, of at least 26 .* pass basis_mem"),
-        ({"v0": np.ones(3)}, r"v0 must have shape \(40,\) or \(40, p\), .* got \(3, 1\)"),
+        ({"v0": np.ones(3)}, r"v0 must be an array of shape \(40,\) or \(40, p\), .* got ndarray of shape \(3,\)"),
         (
             {"orthogonal_to": np.ones((40, 2))},
             "orthogonal_to must have .* 38 orthonormal columns, got 2 that",
         ),
         ({"orthogonal_to": np.eye(40)}, "orthogonal_to must have at most N - 2 = 38 orthonormal columns, got 40"),
         ({"v0": np.zeros(40)}, "without zero columns"),
-        ({"v0": np.full(40, np.nan)}, "v0 must have .* finite"),
+        ({"v0": np.full(40, np.nan)}, "v0 must be .* finite"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    error = TypeError if options == {"max_basis": 40.0} else ValueError
+    with pytest.raises(error, match=message):
         solve(diagonal(np.linspace(2, 1, 40)), **options)
 
 

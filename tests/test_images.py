@@ -75,7 +75,7 @@ def test_center_crop(have, want, square):
     size = want[0] if square else want
     want = (want[0], want[0]) if square else want
     if not all(1 <= w <= h for w, h in zip(want, have, strict=True)):
-        with pytest.raises(ValueError, match="size must be from 1 to the image's own height and width"):
+        with pytest.raises(ValueError, match=r"size must be .* from 1 to the image's own height and width"):
             images.center_crop(image, size)
         return
     middle = images.center_crop(image, size)

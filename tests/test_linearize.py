@@ -8,7 +8,7 @@ from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, smal
 from torch import nn
 
 import fisherop
-from fisherop import linearize
+from fisherop import FisherOperator, linearize
 from fisherop.engines import ENGINES
 
 
@@ -135,7 +135,7 @@ def test_engine_report_says_why():
         linearize(small_image(), Exp.apply, engine="functional")
     with pytest.raises(
         ValueError,
-        match="engine must be 'auto' or one of 'traced', 'functional', 'double_backward', got 'magic'",
+        match="engine must be one of 'auto', 'traced', 'functional', 'double_backward', got 'magic'",
     ):
         linearize(small_image(), Exp.apply, engine="magic")
 
@@ -279,13 +279,13 @@ class WrongBackward(torch.autograd.Function):
 
 ONE = torch.ones(1, 3, 4, 4)
 BAD_INPUTS = {
-    "image type": ([1.0], nn.Identity(), TypeError, "image must be a torch.Tensor, got list: use torch.as_tensor"),
+    "image type": ([1.0], nn.Identity(), TypeError, "image must be a torch.Tensor, got .*: use torch.as_tensor"),
     "image integer": (ONE.int(), nn.Identity(), TypeError, "image must be float32 or float64, got torch.int32: use"),
     "image complex": (ONE.cfloat(), nn.Identity(), TypeError, "image must be float32 or float64, got torch.complex64"),
     "image empty": (torch.ones(0), nn.Identity(), ValueError, r"image is empty: its shape is \(0,\)"),
     "image NaN": (ONE / 0 * 0, nn.Identity(), ValueError, "image holds NaN or infinity"),
     "batch": (torch.ones(2, 3, 4, 4), nn.Identity(), ValueError, "got a batch of 2 .*for one in image.split"),
-    "model type": (ONE, 3, TypeError, "model must be a callable or an nn.Module, got int"),
+    "model type": (ONE, 3, TypeError, "model must be a callable or an nn.Module, got 3"),
     "training dropout": (
         ONE,
         nn.Sequential(nn.Dropout()),
@@ -373,22 +373,54 @@ def test_no_grad_inside_is_named():
         linearize(torch.linspace(0, 1, 9), no_grad_inside)
 
 
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "many"])
-def test_bad_chunk_size(chunk_size):
-    with pytest.raises(ValueError, match=f"chunk_size must be a positive integer or None, got {chunk_size!r}"):
+def confident(dtype, seed, scale):
+    """A softmax at 1 but for 10⁻⁴ to 10⁻⁷, by its image: rounding takes as large a share of its derivative."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(1000, 64, generator=generator) / 8).to(dtype)
+    return torch.randn(1, 64, generator=generator).to(dtype), lambda x: torch.softmax(scale * (x @ weight.T), -1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seed", "scale"), [(torch.float32, 7, 20), (torch.float32, 10, 20), (torch.float64, 7, 40)]
+)
+def test_rounding_is_not_taken_for_a_wrong_derivative(dtype, seed, scale):
+    lin = linearize(*confident(dtype, seed, scale))
+    assert torch.finfo(dtype).eps ** 0.5 < lin.mismatch < 1
+    result = fisherop.eigenpairs(FisherOperator.from_linearization(lin), 1, "largest", progress=False, rng=0, tol=0.5)
+    assert result.noise >= lin.mismatch
+
+
+@pytest.mark.parametrize("scale", [10, 20])
+def test_what_is_wrong_is_refused_beside_rounding(scale):
+    image, softmax = confident(torch.float32, 7, scale)
+
+    def wrong(x):
+        with torch.no_grad():
+            mean = x.mean()
+        return torch.cat([softmax(x), x.tanh() * mean], -1)
+
+    with pytest.raises(ValueError, match=r"derivatives disagree: (?s:.*) Or rounding, where a response saturates"):
+        linearize(image, wrong)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("many", TypeError)]
+)
+def test_bad_chunk_size(chunk_size, error):
+    with pytest.raises(error, match=f"chunk_size must be an integer from 1, or None, got {chunk_size!r}"):
         linearize(ONE, nn.Identity(), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(
     ("block", "error", "message"),
     [
-        (np.ones((1, 3)), TypeError, "tangents must be a tensor, got ndarray"),
-        (torch.ones(3), ValueError, r"tangents must have shape \(k, 3\), got \(3,\)"),
-        (torch.ones(2, 4), ValueError, r"tangents must have shape \(k, 3\), got \(2, 4\)"),
+        (np.ones((1, 3)), TypeError, r"tangents must be a tensor of shape \(k, 3\), got ndarray"),
+        (torch.ones(3), ValueError, r"tangents must be a tensor of shape \(k, 3\), got Tensor of shape \(3,\)"),
+        (torch.ones(2, 4), ValueError, r"tangents must be a tensor of shape \(k, 3\), got Tensor of shape \(2, 4\)"),
         (
             torch.ones(2, 3).double(),
             TypeError,
-            "tangents must be torch.float32 on cpu like the image, got torch.float64",
+            "tangents must be torch.float32 on cpu like the image, and dense, got torch.float64",
         ),
     ],
 )

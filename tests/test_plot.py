@@ -74,10 +74,15 @@ def test_nothing_is_changed():
     [
         ((60,), {}, ValueError, r"grey \(..., height, width\) or colour .*, got shape \(60,\)"),
         ((1, 4, 5, 3), {}, ValueError, r"got shape \(1, 4, 5, 3\)"),
-        ((6, 10), {"indices": (4,)}, IndexError, "indices holds 4, but there are 4 eigendistortions"),
-        ((6, 10), {"indices": ()}, ValueError, "indices is empty: name at least one distortion"),
-        ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must ascend and be finite, got \(1, 0\): pass the val"),
-        ((6, 10), {"vrange": (0, np.inf)}, ValueError, r"vrange must ascend and be finite, got \(0, inf\): pass"),
+        (
+            (6, 10),
+            {"indices": (4,)},
+            IndexError,
+            "indices must be a position among the 4 .*, got 4",
+        ),
+        ((6, 10), {"indices": ()}, ValueError, "indices must be an integer, .* and not empty, got "),
+        ((6, 10), {"vrange": (1, 0)}, ValueError, r"vrange must be two ascending numbers .*, got \(1, 0\)"),
+        ((6, 10), {"vrange": (0, np.inf)}, ValueError, r"vrange must be two ascending numbers .*, got \(0, inf\)"),
     ],
 )
 def test_bad_arguments(shape, arguments, error, message):
@@ -159,7 +164,7 @@ def test_imshow_chooses_channels_and_range():
 @pytest.mark.parametrize(
     ("shape", "arguments", "error", "message"),
     [
-        ((5,), {}, ValueError, r"the image must have shape \(\.\.\., height, width\), got \(5,\)"),
+        ((5,), {}, ValueError, r"image must be of shape \(\.\.\., height, width\), .*, got Tensor of shape \(5,\)"),
         (
             (1, 4, 5),
             {"as_rgb": True},
@@ -167,10 +172,15 @@ def test_imshow_chooses_channels_and_range():
             r"as_rgb needs an image of three channels, .*, got shape \(1, 4, 5\)",
         ),
         ((3, 4, 5), {"as_rgb": True, "channel_idx": 0}, ValueError, "as_rgb shows all channels, and channel_idx=0 one"),
-        ((3, 4, 5), {"channel_idx": 3}, IndexError, "channel_idx is 3, but the image has 3 channels"),
+        (
+            (3, 4, 5),
+            {"channel_idx": 3},
+            IndexError,
+            "channel_idx must be a position among the 3 .*, got 3",
+        ),
         ((2, 4, 5), {"title": ["a"]}, ValueError, r"one for each of the 2 pictures, got \['a'\]"),
-        ((4, 5), {"zoom": 1.5}, ValueError, "zoom must be a whole number from 1, got 1.5: crop the image"),
-        ((4, 5), {"zoom": 0}, ValueError, "zoom must be a whole number from 1, got 0"),
+        ((4, 5), {"zoom": 1.5}, TypeError, "zoom must be an integer from 1 .*crop the image.*, got 1.5"),
+        ((4, 5), {"zoom": 0}, ValueError, "zoom must be an integer from 1 .*, got 0"),
         ((2, 4, 5), {"ax": Figure().subplots()}, ValueError, "ax takes one picture, at its own size, but there are 2"),
         ((4, 5), {"ax": Figure().subplots(), "zoom": 2}, ValueError, "there are 1 and zoom is 2"),
     ],
@@ -183,8 +193,8 @@ def test_what_imshow_refuses(shape, arguments, error, message):
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        ([[1.0, np.nan]], "what is to be shown holds NaN or infinity"),
-        ([[1.0, -np.inf]], "what is to be shown holds NaN or infinity"),
+        ([[1.0, np.nan]], "image must be .* finite, got .*: it holds NaN or infinity"),
+        ([[1.0, -np.inf]], "image must be .* finite, got .*: it holds NaN or infinity"),
         ([[7.0, 7.0]], "what is to be shown is 7 throughout: pass vrange, the values of black and white"),
     ],
 )
@@ -230,7 +240,10 @@ def test_spectra_of_several_results(tmp_path):
     assert set(drawn) == {"first, eigenpair", "first, null to tol", "second, eigenpair"}
     np.testing.assert_allclose(drawn["second, eigenpair"], [[0, 4], [0.5, 4], [1, 4]])
     for arguments in (([],), ([one], ["a", "b"])):
-        with pytest.raises(ValueError, match="results must hold at least one, and names one each, got"):
+        with pytest.raises(
+            ValueError,
+            match=r"(results must be an EigenResult|names must be a text for each of the 1)",
+        ):
             plot.spectrum(*arguments)
 
 
@@ -298,9 +311,9 @@ def test_comparisons_share_one_scale(tmp_path):
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(ValueError, match="at least one Eigendistortion, and names one each, got 0, 0"):
+    with pytest.raises(ValueError, match="at least one Eigendistortion, got "):
         plot.compare([])
-    with pytest.raises(ValueError, match="got 1, 2"):
+    with pytest.raises(ValueError, match="names must be a text for each of the 1 eds, got "):
         plot.compare([ed_of((6, 10))], names=["a", "b"])
     with pytest.raises(ValueError, match=r"no eigendistortions to show: call synthesize\(\) first"):
         plot.compare([Eigendistortion(torch.ones(6, 10).double(), linear_model(MATRIX))])

@@ -14,6 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
     "undisturbed",
+    "checks",
     "compat",
     "places",
     "nodes",
@@ -44,12 +45,13 @@ ORDER = [
     "eigendistortion",
     "layers",
     "images",
+    "panels",
     "plot",
     "plenoptic_files",
     "plenoptic",
     "testing",
 ]
-MAY_IMPORT_MATPLOTLIB = {"plot", "plenoptic", "images"}  # the last for its photograph
+MAY_IMPORT_MATPLOTLIB = {"panels", "plot", "plenoptic", "images"}  # the last for its photograph
 
 
 def imports(path):
@@ -59,7 +61,7 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            yield node.module
+            yield from [f"fisherop.{a.name}" for a in node.names] if node.module == "fisherop" else [node.module]
 
 
 FILES = [p for p in sorted((ROOT / "fisherop").rglob("*.py")) if p != ROOT / "fisherop" / "__init__.py"]

@@ -93,10 +93,14 @@ def test_null_is_proven_jointly():
         ),
         (lambda v: (1 + 1e-9) * v[:, :1], [0], r"differs from the identity by 2\.0e-09: orthonormalise"),
         (lambda v: v[:, [0, 0]], [0, 1], r"differs from the identity by 1\.0e\+00"),
-        (lambda v: v[:, :1] * np.nan, [0], "vectors hold NaN or infinity"),
-        (lambda v: v[:, :2], [0], r"vectors must have shape \(30, 1\), one column an index, got \(30, 2\)"),
+        (
+            lambda v: v[:, :1] * np.nan,
+            [0],
+            "vectors must be .* and finite, got ndarray .*: it holds NaN",
+        ),
+        (lambda v: v[:, :2], [0], r"vectors must be columns, .* of shape \(30, 1\), got ndarray of shape \(30, 2\)"),
         (lambda v: v[:, :2], [1, 0], r"eigenindex must ascend within 0 … 29, got \[1, 0\]"),
-        (lambda v: v[:, :2], [0, 30], r"eigenindex must ascend within 0 … 29, got \[0, 30\]"),
+        (lambda v: v[:, :2], [0, 30], r"eigenindex must be indices from 0 to 29, or .*, got \[0, 30\]"),
         (lambda v: v[:, :1], [15], r"must run on from 0, or up to 29, or both, since .* examined; got \[15\]"),
         (lambda v: v[:, :2], [0, 2], r"must run on from 0, or up to 29, or both, since .* examined; got \[0, 2\]"),
         (lambda v: v[:, :3], [0, 28, 28], r"eigenindex must ascend"),
@@ -161,10 +165,10 @@ def test_results_and_errors_travel_between_processes():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"tol": np.nan}, ValueError, r"tol must lie between 0 and 1 .*, got nan"),
-        ({"tol": "1e-6"}, ValueError, r"tol must lie between 0 and 1 .*, got '1e-6'"),
+        ({"tol": np.nan}, ValueError, "tol must be a number between 0 and 1, .*, got nan"),
+        ({"tol": "1e-6"}, TypeError, "tol must be a number between 0 and 1, .*, got '1e-6'"),
         ({"probe": -1}, ValueError, "probe must be an integer from 0, got -1"),
-        ({"rng": np.random.RandomState(0)}, TypeError, "rng must be a seed or a Generator by numpy"),
+        ({"rng": np.random.RandomState(0)}, TypeError, "rng must be a seed, or a Generator"),
         ({"operator": np.eye(30)}, TypeError, "operator must be a FisherOperator or a JacobianOperator, got ndarray"),
     ],
 )

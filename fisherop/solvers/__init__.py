@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fisherop.jacobian import counted, scaled
+from fisherop import checks
+from fisherop.jacobian import scaled
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import (
     PROBE_STEPS,
@@ -20,8 +21,6 @@ from fisherop.result import (
     SolverStopped,
     Status,
     certify,
-    check_tol,
-    spawned,
     warn,
 )
 from fisherop.sample import Sample
@@ -124,11 +123,16 @@ def eigenpairs(
     """
     operator = _fisher(operator)
     n = operator.shape[0]
-    _check_arguments(k, which, tol, maxiter, on_failure, state, n)
+    k = checks.integer("k", k, 1, n, what=f"an integer from 1 to N = {n}")
+    checks.choice("which", which, ("both", "largest", "smallest"))
+    tol, progress = checks.tolerance(tol), checks.flag("progress", progress)
+    maxiter = checks.integer("maxiter", maxiter, 1, 2**31 - 1, optional=True)
+    checks.choice("on_failure", on_failure, ("raise", "warn"))
+    _check_state(state)
     solver, name, why = _choose(method, options, operator, k)
     if which == "both" and 2 * k > n and solver is not exact:
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
-    rng = spawned(rng)
+    rng = checks.spawned(rng)
     keeps = state is not None and solver is golub_kahan
     if keeps and not options and against is None:
         found = _recall(operator, state, k, which, tol)
@@ -149,20 +153,21 @@ def eigenpairs(
     with progress_bar(operator, name, total, progress) as operator:
         inner = operator
         if solver not in (golub_kahan, exact):  # which take J as it is
-            sample = Sample.of(operator, spawned(rng))
+            sample = Sample.of(operator, checks.spawned(rng))
             inner = scaled(operator, sample.exponent)
             solver = _arbitrary if sample.size == 0 else solver
         try:
-            _, vectors, *more = solver(inner, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
-            details = more[0] if more else {}
-            vectors, index = _check_answer(vectors, k, which, n, name)
+            answer = solver(inner, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
+            index = _indices(k, which, n)
+            vectors, details = _check_answer(answer, (n, len(index)), name)
         except SolverStopped as error:
             stopped, details = error, error.details | {"stopped": str(error)}
             interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else None
             if interrupt is not None and not keeps:
                 raise interrupt from None
-            vectors = np.hstack([error.largest, error.smallest])
-            index = np.r_[: error.largest.shape[1], n - error.smallest.shape[1] : n]
+            found = error.largest, error.smallest
+            largest, smallest = (checks.array(f"what solver {name!r} stopped with", v, (n, "k'")) for v in found)
+            vectors, index = np.hstack([largest, smallest]), np.r_[: largest.shape[1], n - smallest.shape[1] : n]
         if options.get("orthogonal_to") is not None:
             vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
             for claim in ("ground", "lambda_min_lower", "lambda_max_upper"):  # which hold in the complement alone
@@ -203,9 +208,12 @@ def eigenpairs(
         _keep_best(state, result)
         raise KeyboardInterrupt(f"{name} was interrupted after {result.n_products:g} products") from None
     if stopped is not None or not result.converged.all():
+        why = _explain(result, stopped, raised=on_failure == "raise")
+        if options.get("orthogonal_to") is not None:
+            why += ".\northogonal_to is certified with the rest: it must hold eigenvectors found before, at these ends"
         if on_failure == "raise":
-            raise ConvergenceError(_explain(result, stopped, raised=True), result) from stopped
-        warn(_explain(result, stopped, raised=False))
+            raise ConvergenceError(why, result) from stopped
+        warn(why)
     if keeps:
         state["result"] = result
     return result
@@ -269,23 +277,16 @@ def _certify_anew(
 def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
-    if not isinstance(operator, FisherOperator):
-        raise TypeError(f"operator must be a FisherOperator or a JacobianOperator, got {type(operator).__name__}")
-    return operator
+    return checks.instance("operator", operator, FisherOperator, "a FisherOperator or a JacobianOperator")
 
 
-def _check_arguments(k: int, which: str, tol: float, maxiter: int | None, on_failure: str, state: Any, n: int) -> None:
-    if not isinstance(k, int | np.integer) or not 1 <= k <= n:
-        raise ValueError(f"k must be an integer from 1 to N = {n}, got {k!r}")
-    if which not in ("both", "largest", "smallest"):
-        raise ValueError(f"which must be 'both', 'largest' or 'smallest', got {which!r}")
-    check_tol(tol)
-    if maxiter is not None and (not isinstance(maxiter, int | np.integer) or maxiter < 1):
-        raise ValueError(f"maxiter must be a positive integer or None, got {maxiter!r}")
-    if on_failure not in ("raise", "warn"):
-        raise ValueError(f"on_failure must be 'raise' or 'warn', got {on_failure!r}")
-    if state is not None and not isinstance(state, dict):
-        raise TypeError(f"state must be a dict, empty at first, or None, got {type(state).__name__}")
+def _check_state(state: Any) -> None:
+    if state is not None:
+        checks.instance("state", state, dict, "a dict, empty at first, or None")
+        kinds = (EigenResult, type(None))
+        checks.instance(
+            "state['result']", state.get("result"), kinds, "what an earlier call left", "pass an empty dict"
+        )
 
 
 def _choose(
@@ -294,7 +295,8 @@ def _choose(
     """The solver, its name, and, where it was chosen here, why."""
     why = {}
     if callable(method):
-        return method, getattr(method, "__name__", type(method).__name__), why
+        return _check_solver(method, options), getattr(method, "__name__", type(method).__name__), why
+    checks.choice("method", method, ("auto", *SOLVERS), " or a callable")
     if method == "auto":
         m, n = operator.jacobian.shape
         if options:
@@ -306,9 +308,6 @@ def _choose(
         else:
             method, reason = "exact", f"min(M, N) = {min(m, n)} ≤ 100 k"
         why["method"] = f"{method}, since {reason}"
-    if method not in SOLVERS:
-        names = ", ".join(map(repr, ("auto", *SOLVERS)))
-        raise ValueError(f"method must be one of {names} or a callable, got {method!r}")
     keywords = {p.name for p in inspect.signature(SOLVERS[method]).parameters.values() if p.kind == p.KEYWORD_ONLY}
     allowed = sorted(keywords - _OWN_OPTIONS)
     for option in options:
@@ -331,13 +330,25 @@ def _arbitrary(
     return None, np.linalg.qr(rng.standard_normal((n, len(_indices(k, which, n)))))[0]
 
 
-def _check_answer(vectors: Any, k: int, which: str, n: int, name: str) -> tuple[NDArray, NDArray]:
-    index, vectors = _indices(k, which, n), np.asarray(vectors)
-    if vectors.shape != (n, len(index)):
-        raise ValueError(f"solver {name!r} returned vectors of shape {vectors.shape}, not {(n, len(index))}")
-    if not np.isfinite(vectors).all():
-        raise ValueError(f"solver {name!r} returned vectors with NaN or infinity")
-    return vectors, index
+def _check_solver(solver: Callable[..., tuple], options: dict[str, Any]) -> Callable[..., tuple]:
+    """A solver of the user's own, if it can be called as solvers are."""
+    try:
+        inspect.signature(solver).bind(None, None, None, tol=None, maxiter=None, rng=None, **options)
+    except TypeError as error:
+        how = f"solver(operator, k, which, {', '.join(f'{name}=' for name in ('tol', 'maxiter', 'rng', *options))})"
+        checks.refuse(TypeError, "method", f"callable as {how}", solver, str(error))
+    except ValueError:  # it has no signature
+        pass
+    return solver
+
+
+def _check_answer(answer: Any, shape: tuple[int, int], name: str) -> tuple[NDArray, dict[str, Any]]:
+    what = f"what solver {name!r} returns"
+    checks.instance(what, answer, (tuple, list), "(values, vectors) or (values, vectors, details)")
+    if len(answer) not in (2, 3):
+        checks.refuse(ValueError, what, "(values, vectors) or (values, vectors, details)", answer)
+    details = checks.instance(f"the details in {what}", answer[2], Mapping, "a mapping") if len(answer) == 3 else {}
+    return checks.array(f"the vectors in {what}", answer[1], shape), dict(details)
 
 
 def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, given: NDArray) -> tuple[NDArray, NDArray]:

@@ -6,6 +6,7 @@ import numpy as np
 import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 from fisherop.sample import ritz_extremes
@@ -38,6 +39,7 @@ def eigsh(
     n = operator.shape[0]
     if k >= n:
         raise ValueError(f"method='eigsh' needs k < N, got k={k} and N={n}: use method='exact'")
+    ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
 
     scale = ritz_extremes(operator, np.empty((n, 0)), 1, rng.standard_normal(n))[1]
     fisher = operator.in_float64(scale)  # ARPACK's test has an absolute floor, which a small F would fall below

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 
 
@@ -44,7 +45,7 @@ def exact(
     jacobian = operator.jacobian
     m, n = jacobian.shape
     needed = m * n * (jacobian.dtype.itemsize + 2 * 8) + 5 * n**2 * 8
-    allowed = _half_of_memory() if max_bytes is None else max_bytes
+    allowed = _half_of_memory() if max_bytes is None else checks.memory("max_bytes", max_bytes)
     if needed > allowed:
         raise ValueError(
             f"method='exact' would take about {needed / 2**30:.3g} GiB for a Jacobian of {m} × {n}, over the limit of "

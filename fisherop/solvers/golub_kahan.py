@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.jacobian import check_size, shared
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
@@ -116,6 +117,8 @@ def golub_kahan(
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
     v0 = None if v0 is None else _columns(v0, "v0", n)
     given = np.empty((n, 0)) if orthogonal_to is None else _columns(orthogonal_to, "orthogonal_to", n)
+    if callback is not None:
+        checks.function("callback", callback, "callable, or None")
     deviation = np.abs(given.T @ given - np.eye(given.shape[1])).max(initial=0.0)
     if deviation > 1000 * np.finfo(operator.dtype).eps or given.shape[1] + top + bottom > n:
         raise ValueError(
@@ -130,7 +133,8 @@ def golub_kahan(
             raise ValueError("state belongs to another operator: pass an empty dict")
         checkpoint = state.get("checkpoint")
         is_read = checkpoint is not None and checkpoint.read(lin, capacity)
-        search = None if is_read else state.get("search")
+        kept = checks.instance("state['search']", state.get("search"), (_Search, type(None)), "what a search left")
+        search = None if is_read else kept
         state.pop("search", None)
     if len(given.T) or v0 is not None:
         rng, search = _independent(rng, given, v0), None
@@ -165,13 +169,11 @@ def _independent(rng: np.random.Generator, *given: NDArray | None) -> np.random.
 
 
 def _columns(array: Any, name: str, n: int) -> NDArray[np.float64]:
-    array = np.array(array, dtype=np.float64)
-    array = array[:, None] if array.ndim == 1 else array
-    if array.ndim != 2 or len(array) != n or not np.isfinite(array).all() or not array.any(axis=0).all():
-        raise ValueError(
-            f"{name} must have shape ({n},) or ({n}, p), finite and without zero columns, got {array.shape}"
-        )
-    return array
+    columns = checks.array(name, array)
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    if columns.ndim != 2 or len(columns) != n or not columns.any(axis=0).all():
+        checks.refuse(ValueError, name, f"an array of shape ({n},) or ({n}, p), without zero columns", array)
+    return columns.astype(np.float64)
 
 
 def chance_of_missing(
@@ -217,8 +219,9 @@ def chance_of_missing(
 
 def _capacity(n: int, k: int, itemsize: int, max_basis: int | None, basis_memory: int) -> int:
     least = min(n, 6 * k + 20)
-    if max_basis is not None and (not isinstance(max_basis, int | np.integer) or max_basis < least):
-        raise ValueError(f"max_basis must be an integer from 6 k + 20, or N, here {least}, got {max_basis!r}")
+    what = f"an integer from 6 k + 20, or N, here {least}"
+    max_basis = checks.integer("max_basis", max_basis, least, what=what, optional=True)
+    basis_memory = checks.memory("basis_memory", basis_memory)
     affordable = min(1500, int(basis_memory // (n * itemsize))) if max_basis is None else max_basis
     if affordable < least:
         raise ValueError(

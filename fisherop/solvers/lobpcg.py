@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.sample import ritz_extremes
 
@@ -41,6 +42,8 @@ def lobpcg(
     n = operator.shape[0]
     if n < 5 * k:
         raise ValueError(f"method='lobpcg' needs 5 k ≤ N, got k={k} and N={n}: use method='exact'")
+    if preconditioner is not None:
+        checks.square("preconditioner", preconditioner, n)
     # SciPy's tol is absolute, and so are its own thresholds: it gets F / unit, of about 1, which changes no digit.
     scale = ritz_extremes(operator, np.empty((n, 0)), min(n, 10), rng.standard_normal(n))[1]
     unit = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0

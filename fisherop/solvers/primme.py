@@ -6,6 +6,7 @@ import numpy as np
 import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 from fisherop.sample import ritz_extremes
@@ -54,6 +55,9 @@ def primme(
     n = operator.shape[0]
     if k >= n:
         raise ValueError(f"method='primme' needs k < N, got k={k} and N={n}: use method='exact'")
+    ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
+    if preconditioner is not None:
+        checks.square("preconditioner", preconditioner, n)
     nothing = np.empty((n, 0))
     scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1]
     fisher = operator.in_float64(scale)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 
 _TRIALS = 10
@@ -62,8 +63,7 @@ def randomized_svd(
         )
     if k > min(m, n):
         raise ValueError(f"method='randomized_svd' needs k ≤ min(M, N), got k={k} and J of {m} × {n}")
-    if p < 0 or q < 0:
-        raise ValueError(f"p and q must not be negative, got p={p} and q={q}")
+    p, q = checks.integer("p", p, 0), checks.integer("q", q, 0)
 
     def forward(rows: Tensor) -> Tensor:
         return lin.jvp(rows.reshape(-1, *lin.image_shape))

@@ -6,6 +6,7 @@ import numpy as np
 import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
 
+from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
 from fisherop.sample import ritz_extremes
@@ -43,6 +44,7 @@ def svds(
     m, n = operator.jacobian.shape
     if k >= n:
         raise ValueError(f"method='svds' needs k < N, got k={k} and N={n}: use method='exact'")
+    ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
     nothing = np.empty((n, 0))
     scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1] ** 0.5
     jacobian = operator.jacobian.in_float64(scale)
