@@ -30,7 +30,7 @@ from fisherop.engines import (
 from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
-from fisherop.slopes import check_slope
+from fisherop.slopes import check_slope, norm
 from fisherop.trial import check_close, check_products, random, vectorizes
 from fisherop.undisturbed import alone, in_thread
 
@@ -242,16 +242,15 @@ class Linearization:
     def _check_engine(self, v: Tensor, reference: Tensor | None, chunk_size: int, allowed: float | None = None) -> None:
         """Of its products, and of blocks, which are taken apart where that fails; a traced engine tries each size."""
         self.chunk_size = chunk_size
-        self._trial = check_products(self.jvp, self.vjp, v, reference, self._respond.sizes, self._precision, allowed)
+        size = norm(self.image)
+        # what the rounding of the response leaves of a derivative, for a change as large as the image
+        rounding = 100 * self._precision * norm(self.response) * norm(v) / size if size else 0.0
+        self._trial = check_products(
+            self.jvp, self.vjp, v, reference, self._respond.sizes, self._precision, allowed, rounding=rounding
+        )
         self.mismatch = self._trial.mismatch
         if chunk_size > 1 and not isinstance(self._engine, Traced) and not vectorizes(self.jvp, self.vjp, v):
             self.chunk_size = 1
-
-    def _nonlinearity(self, v: Tensor, u: Tensor) -> float:
-        """‖J (v + w) − J v − J w‖ and the same of Jᵀ: what rounding leaves, as cancellation in a confident softmax."""
-        w, z = self._random(tuple(v.shape), seed=2), self._random(tuple(u.shape), seed=3)
-        triples = (map(self.jvp, (v + w, v, w)), map(self.vjp, (u + z, u, z)))
-        return sum(norm(both.double() - one.double() - other.double()) for both, one, other in triples)
 
     def _report(self, line: str) -> None:
         self.engine_report += (line,)

@@ -400,10 +400,9 @@ def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool
         )
     elif _is_limited_by_rounding(result, stopped, noise):
         advice = f"rounding alone gives residuals of {noise:.1e} λ_max; "
-        if noise > 1000 * np.finfo(result.eigenvectors.dtype).eps:  # more than the image's dtype would leave
-            advice += "use a larger tol, or a model without steps in lower precision (half, autocast)"
-        else:
-            advice += "use a larger tol" if is_double else "use a float64 image and model, or a larger tol"
+        if noise > 1000 * np.finfo(result.eigenvectors.dtype).eps:  # more than the image's dtype leaves
+            advice += "steps in lower precision (half, autocast) or a saturated response may be why; "
+        advice += "use a larger tol" if is_double else "use a float64 image and model, or a larger tol"
         advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
     elif result.method == "randomized_svd":
         advice = "raise q, its power iterations, or p, accept a larger tol, or use method='golub_kahan'"
