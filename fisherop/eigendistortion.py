@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fisherop import checks
 from fisherop.checkpoint import keeping
-from fisherop.files import check_same, contents, read, result_from, write
+from fisherop.files import _checksum, check_same, contents, read, result_from, write  # noqa: F401, where it once was
 from fisherop.operators import FisherOperator
 from fisherop.pickles import BuiltAnew
 from fisherop.result import EigenResult
@@ -378,8 +378,8 @@ class Eigendistortion(BuiltAnew):
 
     @property
     def eigenvalues(self) -> Tensor | None:
-        """Eigenvalues (K,), descending, in the image's dtype."""
-        return None if self.result is None else self._on_device(self.result.eigenvalues).to(self.image.dtype)
+        """Eigenvalues (K,), descending, in float64, which holds what squares of the image's dtype may not."""
+        return None if self.result is None else self._on_device(self.result.eigenvalues)
 
     @property
     def eigenindex(self) -> Tensor | None:
