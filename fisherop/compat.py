@@ -25,8 +25,12 @@ def prepare_recording() -> None:
     Up to 2.10, forward mode loads ``torch._dynamo`` at the first operation that is decomposed. Inside a recording that
     import breaks half-way, and leaves `torch.func` unusable in the process.
     """
-    if VERSION < (2, 11):
-        import torch._dynamo  # noqa: F401
+    with warnings.catch_warnings():  # of these imports, which are none of the user's
+        warnings.simplefilter("ignore")
+        import torch._decomp.decompositions_for_jvp
+
+        if VERSION < (2, 11):
+            import torch._dynamo  # noqa: F401
 
 
 @contextlib.contextmanager

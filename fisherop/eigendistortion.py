@@ -387,4 +387,5 @@ class Eigendistortion(BuiltAnew):
         return None if self.result is None else self._on_device(self.result.eigenindex)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=self.image.device)
+        device = "cpu" if self.image.device.type == "mps" else self.image.device  # which has no float64
+        return torch.tensor(array, device=device)

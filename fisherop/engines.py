@@ -8,6 +8,7 @@ without gradients being recorded. Where k = 1, nothing is vectorised.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisherop.nodes import IMAGE, LINEAR, STATIC, NotLinear, compile_nodes, needed
+from fisherop.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
 from fisherop.rewrite import lower, simplify
 from fisherop.sparse import is_sparse, parts
 from fisherop.tape import Tape
@@ -172,10 +173,20 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     )
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
-    largest_bytes = max(n.value.nbytes for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
+    largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
     return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external), [
         c.value for c in constants
     ]
+
+
+def _largest(node: Node) -> int:
+    """Of the tensor that an operation gives, and of the columns that PyTorch makes of a convolution in float64."""
+    value: Tensor = node.value
+    if node.op is not torch.ops.aten.convolution.default or value.dtype != torch.float64 or value.device.type != "cpu":
+        return value.nbytes
+    x, weight, transposed = (a.value if isinstance(a, Node) else a for a in (*node.args[:2], node.args[6]))
+    places = math.prod((x if transposed else value).shape[2:])
+    return max(value.nbytes, weight[0].numel() * places * value.element_size())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

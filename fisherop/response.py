@@ -109,12 +109,16 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
         The response can't be used, or is random, or changes what the model holds at every call.
     """
     with Watch() as first, torch.no_grad():
-        response = respond(image)
+        try:
+            response = respond(image)
+            if response.dtype != image.dtype:
+                raise TypeError(_unlike(image, response))
+        except (RuntimeError, TypeError) as error:
+            _check_shares(image, respond.model, error)
+            raise
         draws = first.draws()
     before.settle()
     settled = Guard(respond.model, like=before)
-    if response.dtype != image.dtype:
-        raise TypeError(_unlike(image, response))
     if response.numel() == 0:
         raise ValueError("the model's response is empty")
     if not torch.isfinite(response).all():
@@ -210,6 +214,11 @@ def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
             "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "
             "use torch.no_grad there"
         )
+
+
+def _check_shares(image: Tensor, model: Callable, error: Exception) -> None:
+    """Say so where a module has nothing on the image's device, or in its dtype, which an error may be due to."""
+    state = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
     state = [t for t in state if t.is_floating_point()]
     for what, own, theirs in (
         ("device", image.device, {t.device for t in state}),
@@ -217,10 +226,13 @@ def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
     ):
         if state and own not in theirs:
             others = ", ".join(sorted(map(str, theirs)))
+            cure = f"use model.to({own!r})" if what == "dtype" else f"use model.to('{own}')"
+            if what == "device" or theirs & {torch.float32, torch.float64}:
+                cure += ", or image.to(...)"
             raise ValueError(
-                f"image and model must share one {what}, got an image of {own} and a model of {others}: use "
-                "image.to(...) or model.to(...)"
-            )
+                f"image and model must share one {what}, or the model must convert the image itself: got an image of "
+                f"{own} and a model of {others}: {cure}. {error}"
+            ) from error
 
 
 def _depends_on(y: Tensor, x: Tensor) -> bool:

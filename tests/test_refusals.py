@@ -450,3 +450,30 @@ def test_a_model_that_failed_works_once_it_is_mended(engine):
         linearize(image(), model, engine=engine)
     model.step = torch.sin
     check_right(model, engine)
+
+
+class Converts(nn.Module):
+    """With weights in another precision than the image's, to which it converts it."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(6, 5).to(dtype)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x.to(self.layer.weight.dtype))).to(x.dtype)
+
+
+@pytest.mark.parametrize(("image", "weights"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_module_that_converts_the_image(image, weights):
+    model, x = Converts(weights).eval(), torch.linspace(0, 1, 6, dtype=image)[None]
+    lin = linearize(x, model)
+    truth = torch.autograd.functional.jacobian(Converts(weights).to(torch.float64).eval(), x.double()).reshape(5, 6)
+    dense = lin.vjp(torch.eye(5, dtype=image)).reshape(5, 6)
+    torch.testing.assert_close(dense.double(), truth, rtol=0, atol=4 * torch.finfo(weights).eps)
+
+
+def test_a_module_that_does_not_convert_is_named_with_a_cure_that_works():
+    with pytest.raises(ValueError, match=r"a model of torch.bfloat16: use model.to\(torch.float32\)\. "):
+        linearize(torch.rand(1, 6), nn.Linear(6, 5).bfloat16())
