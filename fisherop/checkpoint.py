@@ -242,7 +242,7 @@ def _contents(search: Any) -> dict[str, ArrayLike]:
         **{name: int(getattr(search, name)) for name in _INTS},
         "t": space.t,
         "c": space.c,
-        "shares": space.shares,
+        "shares": space.padded_shares(),
         "scale": float(space.scale),
         "noise": float(space.noise),
         "is_restarted": int(space.is_restarted),
@@ -277,8 +277,10 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
         raise wrong(path, "v", f"has {m} vectors beside {beside} others, more than max_basis or N")
     if (phase == "main") != (f == 0) or (phase == "main") != (q == 0):
         raise wrong(path, "found_vectors", f"are {f} and fixed are {q} in the phase {phase!r}")
-    if fields["shares"].shape[1] > m + b:
-        raise wrong(path, "shares", f"has {fields['shares'].shape[1]} columns, more than v and w together have rows")
+    if fields["shares"].size and fields["shares"].shape[1] != m + b:
+        raise wrong(
+            path, "shares", f"must have a column for each row of v and w, {m + b}, not {fields['shares'].shape[1]}"
+        )
     for name in ("starts", "p"):
         if not 1 <= fields[name] <= sizes["N"]:
             raise wrong(path, name, f"must be from 1 to N, not {fields[name]}")

@@ -89,7 +89,7 @@ class _ModelOperator(LinearOperator):
             return type(self)(image, model, **lin.options)
         try:
             return type(self)(image, model, **lin.options)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise RuntimeError(
                 f"the model is no nn.Module, which could be copied and moved, and fails for an image of {image.dtype} "
                 f"on {image.device}: make an operator of image.to(...) and of a model that takes it, which against= "

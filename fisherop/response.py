@@ -114,7 +114,7 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
             if response.dtype != image.dtype:
                 raise TypeError(_unlike(image, response))
         except (RuntimeError, TypeError) as error:
-            _check_shares(image, respond.model, error)
+            _check_dtype(image, respond.model, error)
             raise
         draws = first.draws()
     before.settle()
@@ -214,25 +214,26 @@ def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
             "model was made under torch.inference_mode, so that PyTorch can't differentiate it: make it outside, or "
             "use torch.no_grad there"
         )
+    devices = {t.device for t in state}
+    if devices and image.device not in devices:
+        others = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"image and model must share one device, got an image of {image.device} and a model of {others}: use "
+            f"model.to('{image.device}'), or image.to(...)"
+        )
 
 
-def _check_shares(image: Tensor, model: Callable, error: Exception) -> None:
-    """Say so where a module has nothing on the image's device, or in its dtype, which an error may be due to."""
+def _check_dtype(image: Tensor, model: Callable, error: Exception) -> None:
+    """Say so where a module holds nothing in the image's dtype, which an error may be due to."""
     state = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    state = [t for t in state if t.is_floating_point()]
-    for what, own, theirs in (
-        ("device", image.device, {t.device for t in state}),
-        ("dtype", image.dtype, {t.dtype for t in state}),
-    ):
-        if state and own not in theirs:
-            others = ", ".join(sorted(map(str, theirs)))
-            cure = f"use model.to({own!r})" if what == "dtype" else f"use model.to('{own}')"
-            if what == "device" or theirs & {torch.float32, torch.float64}:
-                cure += ", or image.to(...)"
-            raise ValueError(
-                f"image and model must share one {what}, or the model must convert the image itself: got an image of "
-                f"{own} and a model of {others}: {cure}. {error}"
-            ) from error
+    dtypes = {t.dtype for t in state if t.is_floating_point()}
+    if dtypes and image.dtype not in dtypes:
+        others = ", ".join(sorted(map(str, dtypes)))
+        cure = ", or image.to(...)" if dtypes & {torch.float32, torch.float64} else ""
+        raise ValueError(
+            f"image and model must share one dtype, or the model must convert the image itself: got an image of "
+            f"{image.dtype} and a model of {others}: use model.to({image.dtype}){cure}. {error}"
+        ) from error
 
 
 def _depends_on(y: Tensor, x: Tensor) -> bool:

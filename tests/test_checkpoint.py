@@ -316,6 +316,7 @@ def test_every_wrong_field_is_refused(written, tmp_path):
                 "w": {" c ", " v "},
                 "c": {" t "},
                 "t": {" v "},
+                "shares": {" shares"},
                 "fixed": {" v ", "fixed_values"},
                 "found_vectors": {"found_values"},
             }.get(name, set())

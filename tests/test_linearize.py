@@ -409,7 +409,7 @@ def test_what_is_wrong_is_refused_beside_rounding(scale):
             mean = x.mean()
         return torch.cat([softmax(x), x.tanh() * mean], -1)
 
-    with pytest.raises(ValueError, match=r"derivatives disagree: (?s:.*) Or rounding, where a response saturates"):
+    with pytest.raises(ValueError, match="derivatives disagree"):
         linearize(image, wrong)
 
 

@@ -307,7 +307,9 @@ def test_power_makes_one_product_an_iteration():
 
 @pytest.mark.parametrize("method", ITERATIVE)
 def test_progress_bar_counts_products(method, capsys, monkeypatch):
-    monkeypatch.setattr(fisherop.solvers, "tqdm", lambda **kw: tqdm_now(**(kw | {"delay": 0, "mininterval": 0})))
+    monkeypatch.setattr(
+        fisherop.solvers.progress, "tqdm", lambda **kw: tqdm_now(**(kw | {"delay": 0, "mininterval": 0}))
+    )
     F = linear_operator(matrix_with_singular_values(np.linspace(3, 1, 30), 40, 30))
     result = eigenpairs(F, method=method, rng=0)
     last = capsys.readouterr().err.strip().split("\r")[-1]
@@ -334,7 +336,7 @@ SQUARE = matrix_with_singular_values(np.linspace(3, 1, 8), 8, 8)
         ({"k": 1.0}, TypeError, r"k must be an integer from 1 to N = 8, got 1\.0"),
         ({"which": "LM"}, ValueError, "which must be one of 'both', 'largest', 'smallest', got 'LM'"),
         ({"tol": 0}, ValueError, "tol must be a number between 0 and 1, .*, got 0"),
-        ({"maxiter": 0}, ValueError, "maxiter must be an integer from 1, or None, got 0"),
+        ({"maxiter": 0}, ValueError, "maxiter must be an integer from 1 to 2147483647, or None, got 0"),
         ({"on_failure": "ignore"}, ValueError, "on_failure must be one of 'raise', 'warn', got 'ignore'"),
         ({"method": "arpack"}, ValueError, "method must be one of 'auto', .* or a callable, got 'arpack'"),
         ({"p": 3}, TypeError, "method 'golub_kahan' has no option 'p'; its options: basis_memory, callback, max_basis"),

@@ -171,7 +171,7 @@ def check_program(seed: int) -> str:
                 engine = Traced(respond, images[0], truth[0][0])
         except NotLinear:
             return "refused"
-        program = engine._program
+        program = engine.program
         for x, (y, jacobian) in zip(images, truth, strict=True):
             again, *constants = program.prepare(x)
             assert close(again, y), f"the response of program {seed}"

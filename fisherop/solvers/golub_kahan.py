@@ -309,16 +309,17 @@ class _Space:
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
         if random_part > 0 and not self.is_restarted:
             shares = np.hstack([_inner(unit, self.v), _inner(unit, self.w)]) / random_part
-            self.shares = np.vstack([self._shares(self.m + len(self.w)), shares])
+            self.shares = np.vstack([self.padded_shares(), shares])
         self.is_whole = True
 
-    def _shares(self, length: int) -> NDArray[np.float64]:
-        return np.pad(self.shares, ((0, 0), (0, length - self.shares.shape[1])))
+    def padded_shares(self) -> NDArray[np.float64]:
+        """With zeros for what has joined V and W since."""
+        return np.pad(self.shares, ((0, 0), (0, self.m + len(self.w) - self.shares.shape[1])))
 
     @property
     def start(self) -> NDArray[np.float64]:
         """The random unit vectors that V holds, in its coordinates (p, m); none after a restart."""
-        shares = self._shares(self.m + len(self.w))
+        shares = self.padded_shares()
         return shares[~shares[:, self.m :].any(axis=1), : self.m]
 
     def expand(self) -> None:
@@ -385,6 +386,7 @@ class _Space:
         t = q.T @ t @ q
         _combine(self.v, self.tensor(q.T))
         self.t = ((t + t.T) / 2).numpy()
+        self.shares = np.empty((0, 0))
         basis = self.rows[: self.n_fixed + self.m]
         for _ in range(2):
             _project(w, basis)
