@@ -278,9 +278,7 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
     if (phase == "main") != (f == 0) or (phase == "main") != (q == 0):
         raise wrong(path, "found_vectors", f"are {f} and fixed are {q} in the phase {phase!r}")
     if fields["shares"].size and fields["shares"].shape[1] != m + b:
-        raise wrong(
-            path, "shares", f"must have a column for each row of v and w, {m + b}, not {fields['shares'].shape[1]}"
-        )
+        raise wrong(path, "shares", f"must have {m + b} columns, as v and w have rows")
     for name in ("starts", "p"):
         if not 1 <= fields[name] <= sizes["N"]:
             raise wrong(path, name, f"must be from 1 to N, not {fields[name]}")

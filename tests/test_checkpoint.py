@@ -277,7 +277,7 @@ def alterations(name, x):
             y[(0,) * x.ndim] = value
             if not (name == "bounds" and value == np.inf):
                 yield str(value), y
-        if x.ndim == 2 and name not in ("random", "t", "c"):
+        if x.ndim == 2 and name not in ("random", "t", "c", "shares"):
             yield "longer", 2 * x
         if x.ndim == 2:
             yield "shorter", x[:, :-1]

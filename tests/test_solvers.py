@@ -307,9 +307,8 @@ def test_power_makes_one_product_an_iteration():
 
 @pytest.mark.parametrize("method", ITERATIVE)
 def test_progress_bar_counts_products(method, capsys, monkeypatch):
-    monkeypatch.setattr(
-        fisherop.solvers.progress, "tqdm", lambda **kw: tqdm_now(**(kw | {"delay": 0, "mininterval": 0}))
-    )
+    at_once = {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr(fisherop.solvers.progress, "tqdm", lambda **kw: tqdm_now(**(kw | at_once)))
     F = linear_operator(matrix_with_singular_values(np.linspace(3, 1, 30), 40, 30))
     result = eigenpairs(F, method=method, rng=0)
     last = capsys.readouterr().err.strip().split("\r")[-1]
