@@ -279,9 +279,9 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
         raise wrong(path, "found_vectors", f"are {f} and fixed are {q} in the phase {phase!r}")
     if fields["shares"].size and fields["shares"].shape[1] != m + b:
         raise wrong(path, "shares", f"must have {m + b} columns, as v and w have rows")
-    for name in ("starts", "p"):
-        if not 1 <= fields[name] <= sizes["N"]:
-            raise wrong(path, name, f"must be from 1 to N, not {fields[name]}")
+    for name, least in (("starts", 1), ("p", 1), ("fresh", 0)):
+        if not least <= fields[name] <= sizes["N"]:
+            raise wrong(path, name, f"must be from {least} to N, not {fields[name]}")
     if not np.allclose(fields["t"], fields["t"].T, rtol=1e-9, atol=1e-9 * np.abs(fields["t"]).max(initial=0.0)):
         raise wrong(path, "t", "is not symmetric")
     if fields["is_restarted"] not in (0, 1):
