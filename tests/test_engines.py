@@ -502,3 +502,10 @@ def test_torchvision_layers_are_traced(name):
     v = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert_close(traced.jvp(v), plain.jvp(v), torch.float64)
     assert_close(traced.vjp(plain.jvp(v)), plain.vjp(plain.jvp(v)), torch.float64)
+
+
+def test_blocks_of_float64_convolutions_are_small():
+    """PyTorch multiplies columns there, (places × elements of a kernel), of which a block would leave the cache."""
+    conv = nn.Conv2d(1, 1, 31, padding=15)
+    single, double = (linearize(torch.rand(1, 1, 32, 32, dtype=d), conv.to(d)).chunk_size for d in DTYPES)
+    assert single == 64 and double == (2**25 - 1) // (32 * 32 * 31 * 31 * 8)

@@ -198,3 +198,13 @@ def test_order_within_a_null_space_is_rounding(monkeypatch):
     for vectors in (null, null[:, ::-1]):
         result = certify(linear_operator(row), vectors, [8, 9])
         assert result.status.tolist() == [Status.NULL] * 2 and (np.diff(result.eigenvalues) <= 0).all()
+
+
+def test_null_pairs_are_counted_as_one_by_one():
+    """By bisection on their number: as many as have a joint norm within the tolerance."""
+    sigma = 10.0 ** -np.linspace(0, 6, 30)
+    matrix = matrix_with_singular_values(sigma, 30, 30)
+    vectors = np.linalg.svd(matrix)[2].T
+    for tol in (1e-11, 1e-8, 1e-4, 0.5):
+        result = certify(linear_operator(matrix), vectors, range(30), tol=tol, rng=0)
+        assert (result.status == Status.NULL).sum() == (sigma**2 <= tol).sum()
