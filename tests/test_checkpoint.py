@@ -59,7 +59,7 @@ def at_every_step(monkeypatch):
 
 @pytest.mark.usefixtures("at_every_step")
 @pytest.mark.parametrize("options", [{}, {"max_basis": 45}], ids=["whole", "restarted"])
-@pytest.mark.parametrize(("dtype", "tol"), [(DTYPES[0], 1e-4), (DTYPES[1], 1e-6)])
+@pytest.mark.parametrize(("dtype", "tol"), [pytest.param(DTYPES[0], 1e-4, marks=pytest.mark.slow), (DTYPES[1], 1e-6)])
 def test_any_product_goes_on(tmp_path, dtype, tol, options):
     """In the first run, in the look for missed eigenvalues, and where those join: at most a tenth more products."""
     path, whole = tmp_path / "search.npz", distortion(dtype)

@@ -222,7 +222,7 @@ signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="timers that raise signals are of POSIX")
-@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_signals_at_any_time(count):
     here = os.path.dirname(__file__)
     done = subprocess.run(

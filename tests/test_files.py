@@ -452,7 +452,7 @@ def test_checksums_are_those_of_earlier_versions(order, monkeypatch):
     assert _checksum(arrays) == digest.hexdigest()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.slow)])
 def test_load_takes_no_more_than_twice_what_it_returns(tmp_path, dtype):
     """In arrays: 3 × 10⁵ pixels, 6 × 10⁵ responses and 4 distortions."""
     n = 300_000

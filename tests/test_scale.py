@@ -26,6 +26,7 @@ from fisherop.testing import check_adjoint, matrix_with_singular_values
 
 FLOAT32, FLOAT64 = DTYPES
 POWERS = [(FLOAT32, s) for s in (-34, -22, -12, 12, 22, 34)] + [(FLOAT64, s) for s in (-150, -80, -12, 12, 80, 150)]
+FEWER = [pytest.param(*case, marks=[pytest.mark.slow] if i % 3 else []) for i, case in enumerate(POWERS)]
 SIGMA = np.r_[3, 2.5, np.linspace(0.8, 0.5, 26), 0.3, 0.1]
 MATRIX = matrix_with_singular_values(SIGMA, 40, 30)
 RIGHT = np.linalg.svd(MATRIX)[2].T
@@ -55,7 +56,7 @@ def assert_same_but_for_scale(result, plain, factor, dtype):
 
 
 @pytest.mark.parametrize(("method", "which", "options"), WAYS, ids=lambda x: x if isinstance(x, str) else "")
-@pytest.mark.parametrize(("dtype", "power"), POWERS)
+@pytest.mark.parametrize(("dtype", "power"), FEWER)
 def test_scale_does_not_matter(method, which, options, dtype, power):
     """Neither to the products spent nor to what is found."""
     plain, scaled = (
