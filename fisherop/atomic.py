@@ -108,7 +108,7 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
             continue
         path = folder / name
         # it may be gone by now, be locked, or belong to another user
-        with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError, IsADirectoryError):
             is_old = time.time() - path.stat().st_mtime > _OLD
             if is_old or (match[1] == _HOST and fcntl is not None):
                 _remove_unlocked(path, is_old)

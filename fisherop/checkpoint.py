@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fisherop import checks
 from fisherop.fields import TEXT, Field, Header, check_common, check_sizes, check_types, parse_json, wrong
 from fisherop.files import fingerprint, response_difference, same_response, unpack, write
 from fisherop.linearize import Linearization
@@ -79,9 +79,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike, seconds: float, asked: Mapping[str, Any]) -> None:
-        if not isinstance(seconds, int | float | np.number) or not 0 <= seconds < math.inf:
-            raise ValueError(f"checkpoint_seconds must be a number from 0, got {seconds!r}")
-        self.path = pathlib.Path(os.path.realpath(path))
+        self.path = pathlib.Path(os.path.realpath(os.fsdecode(checks.path("checkpoint", path, new=True))))
         self.seconds, self.asked = seconds, dict(asked)
         self.due = 0.0  # the first step is written, so that a path that can't be written to is known at once
         self.is_own = False  # the file is of this search
@@ -202,10 +200,11 @@ def keeping(
     The file is removed when the search has come to its end, whether all that it found has converged or not. One that
     was stopped, by an interrupt, too few iterations or another error, stays.
     """
+    seconds = checks.number("checkpoint_seconds", seconds, "a number of seconds from 0", lambda s: s >= 0)
     if path is None:
         yield method
         return
-    if method not in ("auto", "golub_kahan"):
+    if callable(method) or method not in ("auto", "golub_kahan"):
         raise ValueError(f"checkpoint needs method='golub_kahan' or 'auto', got {method!r}: leave checkpoint out")
     for name in ("v0", "orthogonal_to"):
         if options.get(name) is not None:
@@ -218,7 +217,7 @@ def keeping(
         checkpoint.remove_after(error.result)
         raise
     finally:
-        del state["checkpoint"]
+        state.pop("checkpoint", None)  # another thread may have taken it
 
 
 def _contents(search: Any) -> dict[str, ArrayLike]:
@@ -279,6 +278,11 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
         raise wrong(path, "found_vectors", f"are {f} and fixed are {q} in the phase {phase!r}")
     if fields["shares"].size and fields["shares"].shape[1] != m + b:
         raise wrong(path, "shares", f"must have {m + b} columns, as v and w have rows")
+    if (np.linalg.norm(fields["shares"], axis=1) < 0.9).any():
+        raise wrong(path, "shares", "must be of random vectors of norm 1, or more")
+    size = np.abs(fields["t"]).max(initial=0.0)
+    if not fields["largest"] <= 2 * m * size or not fields["noise"] <= size:
+        raise wrong(path, "largest", f"or noise doesn't fit t, whose largest entry is {size}: {fields['largest']}")
     for name, least in (("starts", 1), ("p", 1), ("fresh", 0)):
         if not least <= fields[name] <= sizes["N"]:
             raise wrong(path, name, f"must be from {least} to N, not {fields[name]}")
@@ -319,6 +323,9 @@ def _stream(text: str) -> np.random.Generator:
     state = parse_json(text, dict)
     if state.get("bit_generator") not in _STREAMS:
         raise ValueError(f"the stream must be one of {', '.join(_STREAMS)}, not {state.get('bit_generator')!r}")
+    for name, most in (("pos", 624), ("buffer_pos", 4)):  # NumPy takes any, and reads there
+        if not 0 <= {**state, **state.get("state", {})}.get(name, 0) <= most:
+            raise ValueError(f"{name} must be from 0 to {most}")
     generator = getattr(np.random, state["bit_generator"])(0)
     generator.state = state
     return np.random.Generator(generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import array
 import collections
 import copy
 import functools
@@ -23,6 +25,7 @@ _SIMPLE = {bool, int, float, complex, str}
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}
 _SMALL = 2**12  # elements whose values are looked at
 _LONG = 200  # characters
+_MANY = 1000  # things in a container, of which no more than their number is looked at
 _OWN = ("_parameters", "_buffers", "_modules")  # of a module, whose names are left out of paths
 
 
@@ -32,7 +35,8 @@ class Contents:
     It reaches the attributes of modules and of any other object, containers, closures, default arguments, hooks, the
     methods of the model's own classes, and the globals that its functions name; not what libraries keep for themselves.
     Of numbers, strings, NumPy arrays and small tensors it holds the values; of a larger tensor its identity, its place
-    in memory and PyTorch's count of changes in place, which a change through ``.data`` does not move.
+    in memory and PyTorch's count of changes in place, which a change through ``.data`` does not move; of a container of
+    more than 1000 things its identity and their number.
 
     Attributes
     ----------
@@ -94,6 +98,10 @@ class Contents:
         if isinstance(here, np.ndarray):
             inner = [(f"[{i}]", x) for i, x in enumerate(here.flat)] if here.dtype == object else []
             return (here.dtype.str, here.shape, b"" if inner else _hash(np.ascontiguousarray(here))), inner
+        if isinstance(here, bytearray | memoryview | array.array):
+            return (kind, _hash(np.frombuffer(bytes(here), np.uint8))), []
+        if isinstance(here, dict | list | tuple | set | frozenset | collections.deque) and len(here) > _MANY:
+            return (kind, id(here), len(here)), []
         if isinstance(here, dict | types.MappingProxyType):
             return (kind, len(here)), [*((_key(k), v) for k, v in list(here.items())), *self._of_object(here)]
         if isinstance(here, list | tuple | set | frozenset | collections.deque):
@@ -151,7 +159,7 @@ class Contents:
         is_module = isinstance(here, nn.Module)
         if _root(here) not in _FOREIGN:
             yield "<class>", type(here)
-        elif not is_module and not isinstance(here, types.SimpleNamespace):
+        elif not is_module and not isinstance(here, types.SimpleNamespace | argparse.Namespace):
             return  # what libraries keep for themselves
         for cls in type(here).__mro__:
             names = cls.__dict__.get("__slots__", ())

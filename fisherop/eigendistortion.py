@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fisherop import checks
 from fisherop.checkpoint import keeping
-from fisherop.files import _checksum, check_same, contents, read, result_from, write  # noqa: F401, where it once was
+from fisherop.files import _checksum, check_jacobian, check_same, contents, read, result_from, write  # noqa: F401, where it once was
 from fisherop.operators import FisherOperator
 from fisherop.pickles import BuiltAnew
 from fisherop.result import EigenResult
@@ -268,6 +268,7 @@ class Eigendistortion(BuiltAnew):
             There is no such distortion.
         """
         result = self._found()
+        self.operator.linearization.check_current()
         index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
         scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
         actual = change_along(self.operator, result.eigenvectors[:, index], scale)
@@ -355,7 +356,9 @@ class Eigendistortion(BuiltAnew):
 
     def _take(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
         check_same(path, fields, self.image, self.operator.linearization.response)
-        self.result = result_from(fields)
+        result = result_from(fields)
+        check_jacobian(path, result, self.operator)
+        self.result = result
 
     @property
     def image(self) -> Tensor:

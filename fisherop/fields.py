@@ -191,6 +191,10 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         low, high = fields[name].tolist()
         if not (0 <= low <= high and low < np.inf):
             raise wrong(path, name, f"must be an interval of numbers from 0, not {(low, high)}")
+    if fields["lambda_min_bounds"][1] > fields["lambda_max_bounds"][1]:
+        raise wrong(path, "lambda_min_bounds", "lie above those of λ_max")
+    if not np.linalg.norm(fields["response_fingerprint"]) < np.inf:
+        raise wrong(path, "response_fingerprint", "must have a finite norm")
     eps = float(np.finfo(fields["eigenvectors"].dtype).eps)
     # the bound has the rounding of products in it, which an eigenvalue has not
     largest = float(fields["lambda_max_bounds"][0]) / max(1 - max(noise, eps), eps) ** 2

@@ -22,6 +22,7 @@ import fisherop
 from fisherop.atomic import replacing
 from fisherop.fields import RESULT, TEXT, Header, check_image, check_result, check_result_sizes
 from fisherop.linearize import Linearization
+from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult, Status
 
 _FORMAT = 1  # the highest that is read
@@ -65,6 +66,8 @@ def unpack(path: str | os.PathLike, kind: str, check: Callable[[Mapping[str, Hea
     ValueError
         The file is damaged, of another kind or of a newer format.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # of a pipe, reading might never end
+        raise ValueError(f"{path} is no {kind}: it is a folder, a device or a pipe")
     with _Pieces(io.FileIO(os.fspath(path))) as file:
         if not b"PK\3\4".startswith(file.read(4)):
             raise ValueError(f"{path} is no {kind}: it is no .npz file")
@@ -169,6 +172,27 @@ def check_same(path: str | os.PathLike, fields: Mapping[str, NDArray], image: Te
         raise ValueError(
             f"{path} holds the eigendistortions of another model: its response to the image differs from this "
             f"one's by {difference / norm if norm else difference:.2g} of its norm"
+        )
+
+
+def check_jacobian(path: str | os.PathLike, result: EigenResult, operator: FisherOperator) -> None:
+    """Raise ValueError unless J has the size that a result says on a random combination of its vectors: half a product.
+
+    The response alone doesn't tell another Jacobian.
+    """
+    y = np.random.default_rng(1).standard_normal(len(result.eigenvalues))
+    if not len(y) or not y.any():
+        return
+    y /= np.linalg.norm(y)
+    found = float((operator.jacobian.matvec(result.eigenvectors @ y).astype(np.float64) ** 2).sum())
+    expected = float(result.eigenvalues @ y**2)
+    scale = max(result.lambda_max_bounds[0], found)
+    allowed = float(np.abs(y) @ result.residual_norms) * np.abs(y).sum()
+    allowed += max(float(np.finfo(result.eigenvectors.dtype).eps) ** 0.5, 4 * result.noise) * scale
+    if not abs(found - expected) <= allowed:
+        raise ValueError(
+            f"{path} holds the eigendistortions of another model: ‖J v‖² is {found:.6g} for a combination of its "
+            f"vectors, which by the file is {expected:.6g}"
         )
 
 

@@ -80,6 +80,7 @@ class _ModelOperator(LinearOperator):
             As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`.
         """
         lin = self.linearization
+        lin.check_current()
         image, model = checks.moved("what to() is given", lin.image, *args, **kwargs), lin.model
         if image is lin.image:
             return self

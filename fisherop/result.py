@@ -240,9 +240,13 @@ def certify(
     checks.instance("ground", ground, (str, type(None)), "a str, or None")
     details = dict(checks.instance("details", details, (Mapping, type(None)), "a mapping, or None") or {})
     checks.instance("sample", sample, (Sample, type(None)), "a Sample, or None")
+    for claim in ("lambda_max_upper", "lambda_min_lower"):
+        if claim in details and not (_is_number(details[claim]) and details[claim] >= 0):
+            checks.refuse(ValueError, f"details[{claim!r}]", "a number from 0, a bound of F's spectrum", details[claim])
     dtype, eps = operator.dtype, float(np.finfo(operator.dtype).eps)
     if against is not None:
-        operator, sample = _judge(operator, against), None
+        operator.linearization.check_current()
+        operator, sample = judging(operator, against), None
         ground = ground and f"{ground}, in {dtype}"
         details = {name: x for name, x in details.items() if name not in ("lambda_max_upper", "lambda_min_lower")}
         details["against"] = f"judged by products in {operator.dtype}"
@@ -266,13 +270,15 @@ def certify(
     low, high = ritz_extremes(operator, v, probe, sample.start)
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
-    margin = max(noise, eps)  # a sample may show less, by chance
+    # a sample of the noise may show less, by chance, and sums of M squares have rounding of their own
+    margin = max(noise, float(np.finfo(operator.dtype).eps)) + m**0.5 * float(np.finfo(np.float64).eps)
     high *= max(0.0, 1 - _RITZ * margin)
     scale = max(values.max(initial=0.0), high)
     low += _RITZ * margin * scale
     largest, error = values.max(initial=0.0) ** 0.5, margin * scale**0.5
     rounding = 1000 * eps * largest**2 + 100 * ((largest + error) ** 2 - largest**2)  # of ‖J v‖², from that of J v
-    order = _check_order(unit * values, unit * rounding)
+    # another arithmetic may have another order
+    order = _check_order(unit * values, np.inf if against is not None else unit * rounding)
     v, jv, values, residuals = v[:, order], jv[:, order], values[order], residuals[order]
     status = _status(index, values, residuals, jv, low, high, scale, tol, noise, m, n)
     if Status.NOT_EXTREME in status:
@@ -309,15 +315,20 @@ def certify(
     )
 
 
-def _judge(operator: Any, against: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def judging(operator: Any, against: Any) -> Any:
     """The Fisher operator that judges in the place of another."""
     if isinstance(against, torch.dtype):
         return operator.to(against)
     judge = getattr(against, "fisher", against)
     if not hasattr(judge, "jacobian"):
         checks.refuse(TypeError, "against", "a dtype, as torch.float64, or a FisherOperator", against)
-    if judge.shape != operator.shape:
-        checks.refuse(ValueError, "against", f"an operator of shape {operator.shape}, as the one it judges", judge)
+    shape = operator.jacobian.shape
+    if judge.jacobian.shape != shape:
+        checks.refuse(ValueError, "against", f"an operator of a Jacobian of {shape[0]} × {shape[1]}", judge)
     return judge
 
 

@@ -11,11 +11,12 @@ import contextlib
 import gc
 import os
 import random
+import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -151,6 +152,23 @@ def in_thread(function: Callable[[], T], device: torch.device) -> T:
         except KeyboardInterrupt:
             before.restore()
             raise
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, which should be short; the user's own handler gets it then."""
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(handler):  # another thread, which gets no signals, or one that isn't handled in Python
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[-1])
 
 
 def _undo(last: list[Callable[[], Any]], outer: Process | None) -> None:

@@ -192,10 +192,10 @@ def test_arguments_that_no_checkpoint_takes(tmp_path):
         ({"method": "power"}, r"checkpoint needs method='golub_kahan' or 'auto', got 'power': leave checkpoint out"),
         ({"v0": np.ones(N)}, "checkpoint can't be combined with v0"),
         ({"orthogonal_to": np.eye(N)[:, :1]}, "checkpoint can't be combined with orthogonal_to"),
-        ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a number from 0, got -1"),
-        ({"checkpoint_seconds": "1"}, "checkpoint_seconds must be a number from 0, got '1'"),
+        ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a number of seconds from 0, got -1"),
+        ({"checkpoint_seconds": "1"}, "checkpoint_seconds must be a number of seconds from 0, got '1'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             ed.synthesize(checkpoint=path, progress=False, **arguments)
     with pytest.raises(FileNotFoundError):
         ed.synthesize(checkpoint=tmp_path / "nothing" / "search.npz", progress=False)

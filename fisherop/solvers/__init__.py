@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from fisherop import checks
-from fisherop.jacobian import scaled
+from fisherop.jacobian import scaled, shared
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import (
     PROBE_STEPS,
     ConvergenceError,
     EigenResult,
     SolverStopped,
-    Status,
     certify,
+    judging,
     warn,
 )
 from fisherop.sample import Sample
+from fisherop.solvers.advice import explain
 from fisherop.solvers.eigsh import eigsh
 from fisherop.solvers.exact import exact
 from fisherop.solvers.golub_kahan import golub_kahan
@@ -133,6 +134,7 @@ def eigenpairs(
     if which == "both" and 2 * k > n and solver is not exact:
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = checks.spawned(rng)
+    against = None if against is None else judging(operator, against)
     keeps = state is not None and solver is golub_kahan
     if keeps and not options and against is None:
         found = _recall(operator, state, k, which, tol)
@@ -200,15 +202,17 @@ def eigenpairs(
             if not keeps or interrupt is not None:
                 raise
             interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
-    judging = 0.0 if against is None else result.n_products
-    result = dataclasses.replace(result, n_products=operator.n_products + earlier + judging)
+    spent = operator.n_products + earlier
+    if against is not None and shared(against.linearization) is not shared(operator.linearization):
+        spent += result.n_products
+    result = dataclasses.replace(result, n_products=spent)
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
     if interrupt is not None:
         _keep_best(state, result)
         raise KeyboardInterrupt(f"{name} was interrupted after {result.n_products:g} products") from None
     if stopped is not None or not result.converged.all():
-        why = _explain(result, stopped, raised=on_failure == "raise")
+        why = explain(result, stopped, raised=on_failure == "raise")
         if options.get("orthogonal_to") is not None:
             why += ".\northogonal_to is certified with the rest: it must hold eigenvectors found before, at these ends"
         if on_failure == "raise":
@@ -229,6 +233,7 @@ def _keep_best(state: dict[str, Any], result: EigenResult) -> None:
 
 def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float) -> EigenResult | None:
     """What is asked for, where an earlier result of the operator has it all, to this tol or a smaller one, or None."""
+    operator.linearization.check_current()
     result, n = state.get("result"), operator.shape[0]
     if result is None or state.get("linearization") is not operator.linearization:
         return None
@@ -256,13 +261,14 @@ def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
     """
     anew = _certify_anew(operator, result, slice(None), tol=result.tol, details=result.details)
     if not anew.converged.all():
-        warn(_explain(anew, None, raised=False))
+        warn(explain(anew, None, raised=False))
     return anew
 
 
 def _certify_anew(
     operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_] | slice, **claims: Any
 ) -> EigenResult:
+    claims["details"] = {name: x for name, x in claims["details"].items() if name != "against"}
     anew = certify(
         operator,
         _rayleigh_ritz(operator, result.eigenvectors[:, here]),
@@ -287,6 +293,8 @@ def _check_state(state: Any) -> None:
         checks.instance(
             "state['result']", state.get("result"), kinds, "what an earlier call left", "pass an empty dict"
         )
+        if not hasattr(state.get("checkpoint"), "offer") and state.get("checkpoint") is not None:
+            checks.refuse(TypeError, "state['checkpoint']", "a fisherop.checkpoint.Checkpoint", state["checkpoint"])
 
 
 def _choose(
@@ -373,53 +381,3 @@ def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
     vectors = basis @ rotation.T
     signs = np.random.default_rng(2017).standard_normal(len(vectors)) @ vectors
     return vectors * np.where(signs < 0, -1.0, 1.0)
-
-
-def _explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool) -> str:
-    scale = result.lambda_max_bounds[0]
-    is_double = result.eigenvectors.dtype == np.float64
-    noise = max(result.noise, float(np.finfo(result.eigenvectors.dtype).eps))
-    parts = [f"method {result.method!r} did not reach tol={result.tol:.1g} in {result.n_products:g} products"]
-    if stopped is not None:
-        parts.append(str(stopped).rstrip("."))
-    for i in np.flatnonzero(~result.converged)[:4]:
-        parts.append(
-            f"eigenindex {result.eigenindex[i]}: λ = {result.eigenvalues[i]:.3e}, residual "
-            f"{result.residual_norms[i] / scale:.1e} λ_max, {result.status[i]}"
-        )
-    too_few = Status.NOT_EXTREME in result.status or (stopped is not None and result.response_size < result.image_size)
-    if too_few and result.method not in ("golub_kahan", "exact"):
-        advice = (
-            "F has a null space or a repeated eigenvalue here, and this method sees too few of its vectors; use "
-            "method='golub_kahan' or 'exact'"
-        )
-    elif "against" in result.details and stopped is None and Status.UNCONVERGED in result.status:
-        advice = (
-            "they may hold for the program in its own precision, whose constants are inexact (certify without against "
-            "tells); use a float64 image and model"
-        )
-    elif _is_limited_by_rounding(result, stopped, noise):
-        advice = f"rounding alone gives residuals of {noise:.1e} λ_max; "
-        if noise > 1000 * np.finfo(result.eigenvectors.dtype).eps:  # more than the image's dtype leaves
-            advice += "steps in lower precision (half, autocast) or a saturated response may be why; "
-        advice += "use a larger tol" if is_double else "use a float64 image and model, or a larger tol"
-        advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
-    elif result.method == "randomized_svd":
-        advice = "raise q, its power iterations, or p, accept a larger tol, or use method='golub_kahan'"
-    else:
-        other = "another method" if result.method == "golub_kahan" else "method='golub_kahan'"
-        advice = f"allow more iterations (maxiter, in synthesize max_iter), accept a larger tol, or use {other}"
-    if raised:
-        advice += "; what was found is in the error's .result, or returned with on_failure='warn'"
-    parts.append(advice)
-    return ".\n".join(parts)
-
-
-def _is_limited_by_rounding(result: EigenResult, stopped: SolverStopped | None, noise: float) -> bool:
-    """Whether more iterations can't help: residuals are at the noise, or the solver takes for converged what isn't."""
-    if stopped is not None and stopped.by_rounding:
-        return True
-    if result.method == "golub_kahan" and stopped is None and Status.UNCONVERGED in result.status:
-        return True
-    residuals = result.residual_norms[~result.converged]
-    return noise > result.tol / 4 and bool((residuals <= 10 * noise * result.lambda_max_bounds[0]).any())

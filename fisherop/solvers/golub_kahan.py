@@ -16,6 +16,7 @@ from fisherop import checks
 from fisherop.jacobian import check_size, shared
 from fisherop.operators import FisherOperator
 from fisherop.result import SolverStopped
+from fisherop.undisturbed import uninterrupted
 
 _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe misses
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
@@ -152,8 +153,9 @@ def golub_kahan(
             search.find(k if bottom and search.zeros >= k else 1, v0)
         search.look_for_missed()
         return search.answer()
-    except KeyboardInterrupt as interrupt:
-        if state is None or not search.has_partial:
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        search._write(at_once=True)
+        if isinstance(interrupt, SystemExit) or state is None or not search.has_partial:
             raise
         raise SolverStopped("golub_kahan was interrupted", *search.partial()) from interrupt
     finally:
@@ -206,11 +208,11 @@ def chance_of_missing(
         Of the rounding of a product, the part along one unit vector, in the units of `theta`.
     """
     p, q, distances = len(start), 0.0, theta - x
-    if not distances.all():  # rounded away
+    if not distances.all() or p == 0:  # rounded away, or nothing is known of the start
         return 1.0
     if residuals.any():
         q += np.linalg.norm((residuals / distances) @ start.T, 2)
-    if noise > 0:
+    if noise > 0 and len(theta):
         q += noise * np.linalg.norm(start / distances, 2)
     if q == 0:
         return 0.0
@@ -308,7 +310,11 @@ class _Space:
         self._keep(torch.cat([self.w, new])[: self.n - self.m])
         self.c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(self.w)]
         if random_part > 0 and not self.is_restarted:
-            shares = np.hstack([_inner(unit, self.v), _inner(unit, self.w)]) / random_part
+            shares = np.hstack([_inner(unit, self.v), _inner(unit, self.w)])
+            beside = 1 - np.square(_inner(unit, self.rows[: self.n_fixed])).sum(axis=1)  # what is fixed
+            beside, length = np.sqrt(beside.clip(min=0.0)), np.linalg.norm(shares, axis=1)
+            is_inside = length > 0.99 * beside
+            shares = shares[is_inside] / (random_part * length[is_inside, None])
             self.shares = np.vstack([self.padded_shares(), shares])
         self.is_whole = True
 
@@ -381,18 +387,19 @@ class _Space:
         z = torch.linalg.svd(torch.cat([factor, beside]), full_matrices=False)[2].T
         kept = torch.linalg.solve_triangular(factor.T, z[:, np.r_[:high, self.m - low : self.m]], upper=True)
         q = torch.linalg.qr(kept / torch.linalg.vector_norm(kept, dim=0))[0]
-        self.is_whole = False
-        w = self.w.addmm_(self.tensor(torch.cholesky_solve(c.T, factor).T), self.v, alpha=-1)
-        t = q.T @ t @ q
-        _combine(self.v, self.tensor(q.T))
-        self.t = ((t + t.T) / 2).numpy()
-        self.shares = np.empty((0, 0))
-        basis = self.rows[: self.n_fixed + self.m]
-        for _ in range(2):
-            _project(w, basis)
-        self.w, r = _orthonormalise_beside(w, basis, floor=0.0)
-        self.c = r @ (c @ q).numpy()
-        self.is_restarted = self.is_whole = True
+        with uninterrupted():
+            self.is_whole = False
+            w = self.w.addmm_(self.tensor(torch.cholesky_solve(c.T, factor).T), self.v, alpha=-1)
+            t = q.T @ t @ q
+            _combine(self.v, self.tensor(q.T))
+            self.t = ((t + t.T) / 2).numpy()
+            self.shares = np.empty((0, 0))
+            basis = self.rows[: self.n_fixed + self.m]
+            for _ in range(2):
+                _project(w, basis)
+            self.w, r = _orthonormalise_beside(w, basis, floor=0.0)
+            self.c = r @ (c @ q).numpy()
+            self.is_restarted = self.is_whole = True
 
 
 class _Search:
@@ -487,8 +494,8 @@ class _Search:
         if self.phase == "main":
             if self.starts >= self.k:
                 return
-            self._set_apart()
             self.seen, self.p, self.phase = self.starts, 1, "look"
+            self._set_apart()
         while True:
             if self.phase != "join":
                 if self.phase == "look" and not (self.seen < self.k and self.n > len(self.fixed)):
@@ -595,6 +602,7 @@ class _Search:
                 space.append(self._draw(self.k))
             self._make_room()
         if len(joined):
+            self.phase = "look"  # from here on more than the space changes
             self._join(space.vectors(y[:, joined]))
         return len(joined) > 0
 
@@ -693,12 +701,8 @@ class _Search:
             if self.n_steps == self.maxiter:
                 self._write(at_once=True)
                 raise SolverStopped(f"golub_kahan took {self.maxiter} steps", *self.partial())
-            try:
-                space.expand()
-                self._write()
-            except KeyboardInterrupt:
-                self._write(at_once=True)
-                raise
+            space.expand()
+            self._write()
             self.n_steps += 1
             if space.m >= self.next_check or space.is_full or len(space.w) == 0:
                 self.next_check = space.m + max(1, space.m // 50)
@@ -706,7 +710,8 @@ class _Search:
 
     def _write(self, at_once: bool = False) -> None:
         """To the checkpoint, when it is time to; nothing but the space has changed since the phase began."""
-        if self.checkpoint is not None and self.space.is_whole:
+        is_over = self.phase == "look" or (self.phase == "main" and self.found is not None)
+        if self.checkpoint is not None and self.space.is_whole and not is_over:
             self.checkpoint.offer(self, at_once)
 
     def _make_room(self) -> None:
