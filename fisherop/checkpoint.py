@@ -280,9 +280,10 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
         raise wrong(path, "shares", f"must have {m + b} columns, as v and w have rows")
     if (np.linalg.norm(fields["shares"], axis=1) < 0.9).any():
         raise wrong(path, "shares", "must be of random vectors of norm 1, or more")
-    size = np.abs(fields["t"]).max(initial=0.0)
-    if not fields["largest"] <= 2 * m * size or not fields["noise"] <= size:
-        raise wrong(path, "largest", f"or noise doesn't fit t, whose largest entry is {size}: {fields['largest']}")
+    size = max(np.abs(fields[name]).max(initial=0.0) for name in ("t", "fixed_values", "found_values"))
+    for name in ("largest", "noise"):
+        if not fields[name] <= 2 * (m + 1) * size:
+            raise wrong(path, name, f"doesn't fit t and the values found, of at most {size}: {fields[name]}")
     for name, least in (("starts", 1), ("p", 1), ("fresh", 0)):
         if not least <= fields[name] <= sizes["N"]:
             raise wrong(path, name, f"must be from {least} to N, not {fields[name]}")

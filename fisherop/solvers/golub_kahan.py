@@ -208,7 +208,11 @@ def chance_of_missing(
         Of the rounding of a product, the part along one unit vector, in the units of `theta`.
     """
     p, q, distances = len(start), 0.0, theta - x
-    if not distances.all() or p == 0:  # rounded away, or nothing is known of the start
+    if p == 0:  # nothing is known of a start
+        return 1.0
+    if noise == 0 and not residuals.any():
+        return 0.0
+    if not distances.all():  # x is rounded to a Ritz value
         return 1.0
     if residuals.any():
         q += np.linalg.norm((residuals / distances) @ start.T, 2)
