@@ -1,5 +1,6 @@
 """Ctrl-C: it ends in KeyboardInterrupt, what was found is kept, and the next call is right."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -255,3 +256,23 @@ def test_a_script_ends_as_python_ends_on_ctrl_c():
     )
     assert run.returncode == (-signal.SIGINT if os.name == "posix" else run.returncode) and run.returncode
     assert "KeyboardInterrupt: golub_kahan was interrupted after" in run.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
+def test_an_interrupt_in_a_restart_waits_for_its_end(monkeypatch):
+    """V is changed in place there, so that nothing could be kept."""
+    module = importlib.import_module("fisherop.solvers.golub_kahan")
+    combine, sent = module._combine, []
+
+    def interrupted(rows, y):
+        if len(y) > 5 and not sent:  # of a restart
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return combine(rows, y)
+
+    monkeypatch.setattr(module, "_combine", interrupted)
+    ed = distortion()
+    with pytest.raises(KeyboardInterrupt):
+        ed.synthesize(k=3, rng=0, progress=False, method="golub_kahan", max_basis=45)
+    assert sent and ed.result is not None and "search" in ed._state
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert ed.synthesize(k=3, rng=0, progress=False, method="golub_kahan", max_basis=45).result.converged.all()

@@ -18,6 +18,7 @@ import torch
 from helpers import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fisherop.atomic
 import fisherop.files
@@ -484,3 +485,14 @@ def test_long_details(saved, ed):
     assert details["restarts"] == ed.result.details["restarts"]
     put(saved, fields | {"details": np.array(json.dumps(details | {"more": "x" * 10**6}))})
     assert len(linear().load(saved).result.details["more"]) == 10**6
+
+
+def test_another_jacobian_with_the_same_response_is_refused(tmp_path):
+    path, x = tmp_path / "ed.npz", torch.zeros(1, 6, dtype=torch.float64)
+    model, other = nn.Linear(6, 5).double(), nn.Linear(6, 5).double()
+    other.bias.data = model.bias.data.clone()  # all of the response at zero
+    Eigendistortion(x, model).synthesize(progress=False, rng=0).save(path)
+    ed = Eigendistortion(x, other)
+    with pytest.raises(ValueError, match="of another model: ‖J v‖² is"):
+        ed.load(path)
+    assert ed.result is None and Eigendistortion(x, model).load(path).result is not None

@@ -531,7 +531,8 @@ def test_repeated_values_in_the_smallest_basis():
 def test_the_next_pairs(which, q, seed):
     """Step by step with orthogonal_to, or at once: the same eigenvalues, repeated ones as well.
 
-    A repeated one is missed with a chance of up to 0.001 at each end (2 of 700 seeds for k = 3), which a hunt would find.
+    A repeated one is missed with a chance of up to 0.001 at each end, which a hunt for seeds would find: 2 of 700 for
+    k = 3.
     """
     sigma = np.sort(np.random.default_rng(seed).choice(np.linspace(2, 0.5, 40), 60))[::-1].copy()
     operator = diagonal(sigma)

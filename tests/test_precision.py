@@ -167,3 +167,58 @@ def test_a_zero_product_is_no_underflow():
     F = linear_operator(matrix_with_singular_values([1.0], 4, 3), FLOAT32)
     null = np.linalg.svd(F.jacobian.to_dense())[2][1]
     assert np.abs(F @ np.zeros(3)).max() == 0 and np.abs(F @ null).max() < 1e-6
+
+
+class Sigmoids(nn.Module):
+    """Ever nearer to saturation, so that float32 puts them in another order than float64."""
+
+    def forward(self, x):
+        return torch.sigmoid(x + torch.linspace(8, 14, x.shape[-1], dtype=x.dtype))
+
+
+@pytest.mark.parametrize("method", ["golub_kahan", "exact"])
+def test_a_judge_may_have_another_order(method):
+    F = FisherOperator(torch.zeros(1, 150), Sigmoids())
+    result = searched(F, 3, "smallest", method=method, against=torch.float64)
+    assert (np.diff(result.eigenvalues) <= 0).all() and result.details["against"]
+
+
+def test_what_was_judged_is_said_of_that_alone():
+    """Not of what is certified anew by other products; and a judge in the same precision counts once."""
+    model = nn.Linear(150, 160, bias=False)
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    F, state = FisherOperator(torch.zeros(1, 150), model), {}
+    options = {"method": "golub_kahan", "rng": 0, "progress": False, "state": state}
+    assert "against" in eigenpairs(F, tol=1e-5, against=torch.float64, **options).details
+    assert "against" not in eigenpairs(F, tol=1e-4, **options).details
+    double = F.to(torch.float64)
+    before = double.n_products
+    assert eigenpairs(double, rng=0, progress=False, against=torch.float64).n_products == double.n_products - before
+
+
+def test_a_changed_model_is_seen_before_anything_is_recalled_or_judged():
+    model = nn.Linear(150, 160, bias=False)
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    F, state = FisherOperator(torch.zeros(1, 150), model), {}
+    options = {"method": "golub_kahan", "rng": 0, "progress": False, "state": state}
+    found = eigenpairs(F, **options)
+    with torch.no_grad():
+        model.weight.mul_(3)
+    for again in (
+        lambda: eigenpairs(F, **options),
+        lambda: certify(F, found.eigenvectors, [0, 149], against=torch.float64),
+        lambda: F.to(torch.float64),
+    ):
+        with pytest.raises(RuntimeError, match="the model has changed since it was linearized"):
+            again()
+
+
+def test_sums_of_many_squares_are_in_the_bounds():
+    """λ_max = λ_min = fl(1.1)², where 200,000 squares are summed."""
+    n = 200_000
+    F = FisherOperator(torch.zeros(n, dtype=FLOAT64), lambda x: 1.1 * x)
+    for seed in range(3):
+        q = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, 3)))[0]
+        result = certify(F, q, range(3), probe=0)
+        assert result.lambda_max_bounds[0] <= 1.1**2
+        assert certify(F, q, range(n - 3, n), probe=0).lambda_min_bounds[1] >= 1.1**2

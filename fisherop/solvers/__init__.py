@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fisherop import checks
-from fisherop.jacobian import scaled, shared
+from fisherop.jacobian import scaled
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import (
     PROBE_STEPS,
@@ -202,10 +202,8 @@ def eigenpairs(
             if not keeps or interrupt is not None:
                 raise
             interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
-    spent = operator.n_products + earlier
-    if against is not None and shared(against.linearization) is not shared(operator.linearization):
-        spent += result.n_products
-    result = dataclasses.replace(result, n_products=spent)
+    judging_it = 0.0 if against is None else result.n_products  # by an operator that isn't the one that counts here
+    result = dataclasses.replace(result, n_products=operator.n_products + earlier + judging_it)
     if keeps and stopped is None and not result.converged.all():
         state.pop("search", None)  # what it takes for the answer is none
     if interrupt is not None:
