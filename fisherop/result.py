@@ -72,8 +72,8 @@ class EigenResult:
         intervals are (0, 0) where J is zero, so that every vector is both extremes.
     noise : float
         Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
-        eigenvalues below 4 ε² λ_max are noise. The inequalities are held with ε as a margin, that of residuals with
-        4 ε / √N: rounding errors, whose direction is random, add to the residual that is measured.
+        eigenvalues below 4 ε² λ_max are noise. The inequalities are held with ε as a margin, that of residuals, where
+        tol is at least 10 ε, with 4 ε / √N: rounding errors, whose direction is random, add to what is measured.
     ground : str
         Why the pairs are believed to be the extreme ones.
     details : mapping
@@ -388,8 +388,10 @@ def _status(
     n: int,
 ) -> NDArray[np.object_]:
     allowed = tol * scale
-    # Rounding adds to a residual at nearly a right angle, so that what is measured is too large, but for chance.
-    is_pair = residuals + noise * scale * min(1.0, 4 / n**0.5) <= allowed
+    # Rounding adds to a residual at nearly a right angle, so that what is measured is too large, but for chance; unless
+    # an iteration has settled where the two cancel, which it can at a tolerance near the noise.
+    share = min(1.0, 4 / n**0.5) if 10 * noise <= tol else 1.0
+    is_pair = residuals + noise * scale * share <= allowed
 
     # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span.
     at_bottom = np.count_nonzero(index == np.arange(n - len(index), n))

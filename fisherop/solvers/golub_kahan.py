@@ -648,13 +648,13 @@ class _Search:
     def _chance_of_more(self, noise: float | None = None) -> float:
         """The chance of an eigenvalue more than 2 tol beyond those of a first run: two so close may blend in one pair.
 
-        Beyond the extreme ones, where a look for missed ones follows. Not known, and 0, once the random start may have
-        been lost.
+        A look for missed ones that follows would not show it: what is left of its vector is no eigenvector there. Not
+        known, and 0, once the random start may have been lost.
         """
         if self.found is not None or self.space.is_restarted:
             return 0.0
         theta, aim = self.ritz[0], self.tol * self.largest
-        top, bottom = (min(k, 1 if self.starts < self.k else k) for k in (self.top, self.bottom))
+        top, bottom = self.top, self.bottom
         chance = 0.0
         if top:
             chance = self._missing(theta[-top] + 2 * aim, slice(len(theta) - top + 1), noise)
