@@ -272,9 +272,10 @@ def certify(
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
     # a sample of the noise may show less, by chance, and sums of M squares have rounding of their own
     margin = max(noise, float(np.finfo(operator.dtype).eps)) + m**0.5 * float(np.finfo(np.float64).eps)
-    high *= max(0.0, 1 - _RITZ * margin)
+    of_ritz = _RITZ * margin + 1000 * float(np.finfo(np.float64).eps)  # and of T itself, some eps for each step
+    high *= max(0.0, 1 - of_ritz)
     scale = max(values.max(initial=0.0), high)
-    low += _RITZ * margin * scale
+    low += of_ritz * scale
     largest, error = values.max(initial=0.0) ** 0.5, margin * scale**0.5
     rounding = 1000 * eps * largest**2 + 100 * ((largest + error) ** 2 - largest**2)  # of ‖J v‖², from that of J v
     # another arithmetic may have another order

@@ -654,16 +654,3 @@ def test_the_chance_under_rounding(family, dtype):
             missed.append(chance_of_missing(truth, theta, residuals, space.start @ y, n, space.noise))
     share = np.mean(np.array(missed) <= delta)
     assert len(missed) > 50 and share <= delta + 3 * (delta * (1 - delta) / len(missed)) ** 0.5
-
-
-def test_an_inner_pair_that_blends_is_not_claimed():
-    """The second pair of k = 2 converges first to the third eigenvalue, or to another, by some tol."""
-    wrong = 0
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        sigma = np.sqrt(np.r_[1, 2.5e-3 * rng.random(61)])
-        matrix = matrix_with_singular_values(sigma, 62, 159, rng=rng)
-        truth = np.sort(sigma**2)[::-1]
-        result = solve(linear_operator(matrix), 2, "largest", rng=seed)
-        wrong += (np.abs(result.eigenvalues - truth[:2]) > 2 * 2**0.5 * result.tol).any()
-    assert wrong == 0

@@ -1,5 +1,9 @@
 """What is claimed holds in the arithmetic that it was made in; what rounding hides is not claimed, and is named."""
 
+import importlib.util
+import pathlib
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -222,3 +226,21 @@ def test_sums_of_many_squares_are_in_the_bounds():
         result = certify(F, q, range(3), probe=0)
         assert result.lambda_max_bounds[0] <= 1.1**2
         assert certify(F, q, range(n - 3, n), probe=0).lambda_min_bounds[1] >= 1.1**2
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [22, 24, 27, 512, 527, 533, 543, 10225, 10521, 10572, 103853, 108840, 108945],
+)
+def test_what_the_adversary_once_found(seed):
+    """Searches drawn by benchmarks/adversary.py of which a number that was printed was false, or that crashed."""
+    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "adversary.py"
+    spec = importlib.util.spec_from_file_location("adversary", path)
+    adversary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(adversary)
+    search = adversary.draw(seed, None, False)
+    if search.method == "primme":
+        pytest.skip("PRIMME may be installed here, which is drawn then")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert adversary.false_claims(search, adversary.run(search, seed)) == []
