@@ -184,7 +184,9 @@ def check_jacobian(path: str | os.PathLike, result: EigenResult, operator: Fishe
     if not len(y) or not y.any():
         return
     y /= np.linalg.norm(y)
-    found = float((operator.jacobian.matvec(result.eigenvectors @ y).astype(np.float64) ** 2).sum())
+    image = operator.jacobian.matvec(result.eigenvectors @ y.astype(result.eigenvectors.dtype))
+    peak = float(np.abs(image).max())
+    found = (peak * float(np.linalg.norm(image / peak))) ** 2 if peak else 0.0
     expected = float(result.eigenvalues @ y**2)
     scale = max(result.lambda_max_bounds[0], found)
     allowed = float(np.abs(y) @ result.residual_norms) * np.abs(y).sum()

@@ -17,7 +17,7 @@ from fisherop.files import _checksum
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 N = 150
-SIGMA = np.r_[3, 3, 3, np.linspace(2, 1, N - 6), 0.3, 0.3, 0.3]
+SIGMA = np.r_[3, 3, 3, 2.6, 2.3, np.linspace(2, 1, N - 10), 0.5, 0.4, 0.3, 0.3, 0.3]
 MATRIX = matrix_with_singular_values(SIGMA, N + 20, N)
 
 

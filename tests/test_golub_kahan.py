@@ -195,9 +195,11 @@ def test_exhausted_spaces(sigma, m, n, k, dtype):
 
 def test_the_ground_names_a_second_start_only_where_there_was_one():
     second = "and of another from random vectors orthogonal to them"
-    assert second in solve(diagonal(np.linspace(2, 1, 40)), 2).ground
+    apart = np.r_[3, 2.5, np.linspace(2, 1, 296), 0.5, 0.3]
+    assert second in solve(diagonal(apart), 2).ground
     assert second not in solve(diagonal(np.ones(40)), 2).ground  # whatever is missed has the same eigenvalue
-    assert second not in solve(diagonal(np.linspace(2, 1, 40)), 1).ground
+    assert second not in solve(diagonal(apart), 1).ground
+    assert second not in solve(diagonal(np.linspace(2, 1, 40)), 2).ground  # which took all 40 steps
 
 
 @pytest.mark.parametrize("k", [2, 5])
