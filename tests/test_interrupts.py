@@ -165,7 +165,7 @@ CASES = [(engine, resumes) for engine in ENGINES for resumes in (False, True) if
 
 
 @pytest.mark.parametrize(
-    ("at", "times"), [(AtOperation, 6), (AtLine, 6), pytest.param(AtLine, 200, marks=pytest.mark.slow)]
+    ("at", "times"), [(AtOperation, 6), pytest.param(AtLine, 200, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(("engine", "resumes"), CASES)
 def test_an_interrupt_anywhere(engine, resumes, at, times, expected):
