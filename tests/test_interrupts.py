@@ -164,9 +164,7 @@ def count_of(at, engine, resumes):
 CASES = [(engine, resumes) for engine in ENGINES for resumes in (False, True) if engine == "traced" or not resumes]
 
 
-@pytest.mark.parametrize(
-    ("at", "times"), [(AtOperation, 6), pytest.param(AtLine, 200, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("at", "times"), [(AtOperation, 6), pytest.param(AtLine, 200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("engine", "resumes"), CASES)
 def test_an_interrupt_anywhere(engine, resumes, at, times, expected):
     products(Layers().double().eval(), engine, image())  # what is imported at the first call
