@@ -126,12 +126,12 @@ class Linearization:
         self.engine_report: tuple[str, ...] = ()
         self._precision = torch.finfo(image.dtype).eps
         self._current: Current | None = None  # while the model is being looked at
-        prepare_recording()
         names = tuple(ENGINES) if engine == "auto" else (engine,)
         alone(lambda last: self._build(image, names, chunk_size, last), image.device)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
 
     def _build(self, image: Tensor, names: tuple[str, ...], chunk_size: int | None, last: list[Callable]) -> None:
+        prepare_recording()
         with torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
             self._respond = Response(self.model)

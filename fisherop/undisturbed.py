@@ -194,7 +194,7 @@ def _keep_modes(wanted: tuple[list[Any], list[Any]]) -> None:
     now = _modes()
     for have, keep, pop, push in (
         (now[0], wanted[0], torch._C._pop_torch_function_stack, torch._C._push_on_torch_function_stack),
-        (now[1], wanted[1], torch._C._pop_torch_dispatch_stack, torch._C._push_on_torch_dispatch_stack),
+        (now[1], wanted[1], lambda: torch._C._pop_torch_dispatch_stack(None), torch._C._push_on_torch_dispatch_stack),
     ):
         if len(have) == len(keep) and all(a is b for a, b in zip(have, keep, strict=True)):
             continue
