@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import io
+import itertools
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DTYPES, assert_close, rtol
+from helpers import DEVICES, DTYPES, assert_close, rtol
 from kinds import FIELD, KEEPERS, KINDS, THEIRS, Kind, flat, plain
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -68,14 +69,15 @@ truth = functools.cache(Truth)
 def check_products(lin, name: str, dtype: torch.dtype) -> None:
     kind, true = ALL[name], truth(name)
     precision = max(dtype, kind.precision, key=lambda d: torch.finfo(d).eps)
-    v, u = drawn(3, *kind.shape, dtype=dtype), true.u[:3].to(dtype)
+    device = lin.image.device
+    v, u = drawn(3, *kind.shape, dtype=dtype).to(device), true.u[:3].to(device, dtype)
     jv, jtu = lin.jvp(v), lin.vjp(u)
     close = functools.partial(assert_close, dtype=precision, factor=1e4)
-    close(jv.double() @ true.u.T, v.flatten(1).double() @ true.rows.T)
-    close(jtu.flatten(1), true.rows[:3])
+    close(jv.double().cpu() @ true.u.T, v.flatten(1).double().cpu() @ true.rows.T)
+    close(jtu.flatten(1).cpu(), true.rows[:3])
     for one in range(3):
-        close(lin.jvp(v[one : one + 1])[0], jv[one])
-        close(lin.vjp(u[one : one + 1])[0], jtu[one])
+        close(lin.jvp(v[one : one + 1])[0].cpu(), jv[one].cpu())
+        close(lin.vjp(u[one : one + 1])[0].cpu(), jtu[one].cpu())
     forward, reverse = ((a.double() * b.double()).flatten(1).sum(1) for a, b in ((jv, u), (jtu, v)))
     sizes = jv.double().norm(dim=1) * u.double().norm(dim=1)
     assert ((forward - reverse).abs() <= rtol(precision, 1e4) * sizes).all(), "⟨J v, u⟩ = ⟨v, Jᵀu⟩"
@@ -83,8 +85,8 @@ def check_products(lin, name: str, dtype: torch.dtype) -> None:
         assert torch.equal(lin.jvp(v), jv) and torch.equal(lin.vjp(u), jtu), "the same bits again"
     if dtype == torch.float64 and kind.smooth:
         rounding = 1e-9 * float(true.response.abs().max())
-        desired = true.differences(name, v)
-        assert ((jv - desired).abs() <= 1e-6 * desired.abs().max() + rounding).all(), "central differences"
+        desired = true.differences(name, v.cpu())
+        assert ((jv.cpu() - desired).abs() <= 1e-6 * desired.abs().max() + rounding).all(), "central differences"
 
 
 def fails(action, model) -> Exception | None:
@@ -140,6 +142,25 @@ def check(name: str, dtype: torch.dtype, engine: str):
 def test_every_kind(name, dtype):
     lin = check(name, dtype, "auto")
     assert lin.engine_report[-1].startswith(f"{ALL[name].engine}: in use"), lin.engine_report
+
+
+@pytest.mark.parametrize(("name", "dtype", "device"), itertools.product(ALL, DTYPES, DEVICES[1:]))
+def test_every_kind_on_an_accelerator(name, dtype, device):
+    kind = available(name)
+    model, x = kind.make(dtype), kind.image(dtype).to(device)
+    if isinstance(model, nn.Module):
+        model.to(device)
+    try:
+        response = respond(copy.deepcopy(model), x)
+    except RuntimeError as error:
+        pytest.skip(f"this model does not run there: {str(error).splitlines()[0]}")
+    before = state(model)
+    lin = linearize(x, model)
+    assert lin.engine_report[-1].startswith(f"{kind.engine}: in use"), lin.engine_report
+    assert_close(lin.response.flatten().cpu(), response.cpu(), dtype, factor=1e4)
+    check_products(lin, name, dtype)
+    after = state(model)
+    assert all(after[path][0] is t and torch.equal(after[path][2], copied) for path, (t, _, copied) in before.items())
 
 
 @pytest.mark.parametrize(("name", "engine"), BY_HAND)
