@@ -144,7 +144,7 @@ def test_every_kind(name, dtype):
     assert lin.engine_report[-1].startswith(f"{ALL[name].engine}: in use"), lin.engine_report
 
 
-@pytest.mark.parametrize(("name", "dtype", "device"), itertools.product(ALL, DTYPES, DEVICES[1:]))
+@pytest.mark.parametrize(("name", "dtype", "device"), list(itertools.product(ALL, DTYPES, DEVICES[1:])))
 def test_every_kind_on_an_accelerator(name, dtype, device):
     kind = available(name)
     model, x = kind.make(dtype), kind.image(dtype).to(device)
