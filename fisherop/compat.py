@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from fisherop.undisturbed import clear_frames
-
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_REDUCED = "tf32", "bf16"
 
 
 def prepare_recording() -> None:
@@ -31,6 +32,31 @@ def prepare_recording() -> None:
 
         if VERSION < (2, 11):
             import torch._dynamo  # noqa: F401
+
+
+def compute_in_float32(device: str, undo: list[Callable[[], object]]) -> None:
+    """Have float32 computed as such on a device, where TF32 or bfloat16 is allowed, as it is for convolutions by cuDNN.
+
+    What undoes a change, in reverse order, is put into `undo` before the change is made. From 2.9 on, an operation has
+    a precision of its own or its backend's, and a backend its own or the general one; "none" is the default, by which
+    some operations are reduced. Going from the general to the special, what is still reduced is so by itself. While it
+    lasts, PyTorch's old switch of cuDNN does not agree with the new ones, and `torch.backends.cudnn.flags` says so.
+    """
+    if VERSION < (2, 9):
+        if torch._C._get_float32_matmul_precision() != "highest":
+            undo.append(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+            torch.set_float32_matmul_precision("highest")
+        if device == "cuda" and torch._C._get_cudnn_allow_tf32():
+            undo.append(functools.partial(torch._C._set_cudnn_allow_tf32, True))
+            torch._C._set_cudnn_allow_tf32(False)
+        return
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    backend = "mkldnn" if device == "cpu" else "cuda"
+    for place in (("generic", "all"), *((backend, name) for name in ("all", "conv", "rnn", "matmul"))):
+        value = get(*place)
+        if value in _REDUCED or (device == "cuda" and place[0] == "generic" and value == "none"):
+            undo.append(functools.partial(put, *place, value))
+            put(*place, "ieee")
 
 
 @contextlib.contextmanager
@@ -135,3 +161,10 @@ def attempt() -> Iterator[None]:
         except BaseException as error:
             clear_frames(error)
             raise
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: PyTorch's guards, which would put back an old state whenever freed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -2,7 +2,8 @@
 
 PyTorch's own context managers don't survive an interrupt everywhere: one that comes between the change of a setting and
 the body of its ``with`` leaves it changed. So each run notes all settings before it begins, and puts back at its end
-what differs. `Thread` are the settings of one thread, `Process` those that all threads share.
+what differs. `Thread` are the settings of one thread, `Process` those that all threads share. How precisely float32 is
+computed, which products depend on in several threads at once, is kept by `_Float32`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import random
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
+
+from fisherop.compat import clear_frames, compute_in_float32
 
 T = TypeVar("T")
 _SDP = [n for n in ("flash", "mem_efficient", "math", "cudnn") if hasattr(torch._C, f"_get_{n}_sdp_enabled")]
@@ -33,18 +35,20 @@ class Thread:
     """What PyTorch does in this thread: gradients, inference, autocast, modes, transforms."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device.type
+        self.thread = threading.get_ident()
+        self.device = device.type
         self._gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self._autocast = torch.is_autocast_enabled(self._device)
+        self._autocast = torch.is_autocast_enabled(self.device)
         self._modes = _modes()
         self._transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
 
     def restore(self) -> None:
+        _FLOAT32.leave(self)
         _keep_modes(self._modes)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._transforms:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._transforms)
-        if torch.is_autocast_enabled(self._device) != self._autocast:
-            torch.set_autocast_enabled(self._device, self._autocast)
+        if torch.is_autocast_enabled(self.device) != self._autocast:
+            torch.set_autocast_enabled(self.device, self._autocast)
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != self._gradients:
             torch._C._set_grad_enabled(self._gradients[0])
 
@@ -54,7 +58,6 @@ class Process(Thread):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.thread = threading.get_ident()
         self.interrupted = False
         self._settings = _settings()
         self._level = forward_ad._current_level
@@ -78,6 +81,28 @@ class Process(Thread):
             with contextlib.suppress(RuntimeError):  # there is one already, if it came within PyTorch's way in or out
                 torch._C._enter_dual_level()
             torch._C._exit_dual_level(level=0)
+
+
+class _Float32:
+    """Float32 is computed as float32 from when the first run enters until the last has left, in any thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.runs: set[Thread] = set()
+        self._undo: list[Callable[[], object]] = []
+
+    def enter(self, run: Thread) -> None:
+        with self.lock:
+            self.runs.add(run)
+            compute_in_float32(run.device, self._undo)
+
+    def leave(self, run: Thread) -> None:
+        """May be done twice, since an interrupt on the way makes it begin again."""
+        with self.lock:
+            self.runs.discard(run)
+            while self._undo and not self.runs:
+                self._undo[-1]()
+                self._undo.pop()
 
 
 class Generators:
@@ -124,6 +149,7 @@ def alone(function: Callable[[list[Callable[[], Any]]], T], device: torch.device
             process = Process(device)
             last = [process.restore, Generators(device).restore]
             _running = outer or process
+            _FLOAT32.enter(process)
             return function(last)
         except KeyboardInterrupt as error:
             if process is not None:
@@ -142,6 +168,7 @@ def in_thread(function: Callable[[], T], device: torch.device) -> T:
     """Call `function`; afterwards the settings of this thread are as before."""
     before = Thread(device)
     try:
+        _FLOAT32.enter(before)
         return function()
     except KeyboardInterrupt as error:
         clear_frames(error)
@@ -176,13 +203,6 @@ def _undo(last: list[Callable[[], Any]], outer: Process | None) -> None:
     for undo in last:
         undo()
     _running = outer
-
-
-def clear_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error hold: PyTorch's guards, which would put back an old state whenever freed."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _modes() -> tuple[list[Any], list[Any]]:
@@ -238,6 +258,9 @@ def _put_warnings(values: list[Any]) -> None:
 def _in_child() -> None:
     """A fork while another thread runs: here it never comes to its end."""
     global _LOCK, _running
+    _FLOAT32.lock = threading.RLock()
+    for run in [run for run in _FLOAT32.runs if run.thread != threading.get_ident()]:
+        _FLOAT32.leave(run)
     if not _LOCK._is_owned():
         _LOCK = threading.RLock()
         if _running is not None:
@@ -245,6 +268,7 @@ def _in_child() -> None:
             _running = None
 
 
+_FLOAT32 = _Float32()
 _LOCK = threading.RLock()
 _running: Process | None = None
 if hasattr(os, "register_at_fork"):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from helpers import small_image, small_model
 from test_interrupts import settings
 
-from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize
+from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize, undisturbed
+from fisherop.compat import compute_in_float32
 from fisherop.engines import ENGINES
 
 
@@ -110,3 +112,120 @@ def test_a_pickle_is_read_under_inference_mode():
     with torch.inference_mode():
         again = pickle.loads(pickle.dumps(lin))
         assert torch.equal(again.jvp(again.image[None]), lin.jvp(lin.image[None]))
+
+
+NEW = hasattr(torch._C, "_get_fp32_precision_getter")  # from 2.9 on
+BACKENDS = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all")]
+OPERATIONS = [(backend, name) for backend in ("cuda", "mkldnn") for name in ("conv", "rnn", "matmul")]
+
+
+def precisions(*places):
+    return [torch._C._get_fp32_precision_getter(*place) for place in places] if NEW else []
+
+
+def old_precisions():
+    return torch._C._get_float32_matmul_precision(), torch._C._get_cudnn_allow_tf32()
+
+
+def precisions_by_level():
+    """Also what is set for an operation itself, which shows when the general precision is another."""
+    found = [precisions(*BACKENDS, *OPERATIONS), [] if NEW else old_precisions()]
+    if NEW:
+        (general,) = precisions(BACKENDS[0])
+        torch._C._set_fp32_precision_setter(*BACKENDS[0], "none" if general == "ieee" else "ieee")
+        found.append(precisions(*BACKENDS, *OPERATIONS))
+        torch._C._set_fp32_precision_setter(*BACKENDS[0], general)
+    return found
+
+
+def put(backend, name, value):
+    def switch():
+        torch._C._set_fp32_precision_setter(backend, name, value)
+
+    return pytest.param(switch, marks=pytest.mark.skipif(not NEW, reason="PyTorch has no such switch before 2.9"))
+
+
+@pytest.fixture
+def as_at_first():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for place in (*BACKENDS, *OPERATIONS[2:]) if NEW else ():
+        torch._C._set_fp32_precision_setter(*place, "none")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda: None,
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+        put("generic", "all", "tf32"),
+        put("generic", "all", "ieee"),
+        put("cuda", "all", "tf32"),
+        put("cuda", "conv", "ieee"),
+        put("mkldnn", "all", "bf16"),
+        put("mkldnn", "matmul", "tf32"),
+    ],
+)
+def test_float32_is_computed_as_such(switch, device, engine, as_at_first, monkeypatch):
+    """TF32, which convolutions use by default on NVIDIA's GPUs, has a thousandth where float32 has a ten-millionth.
+
+    What is set for a GPU is looked at without one.
+    """
+    monkeypatch.setattr(undisturbed, "compute_in_float32", lambda _, undo: compute_in_float32(device, undo))
+    switch()
+    before, seen = precisions_by_level(), []
+    backend = "cuda" if device == "cuda" else "mkldnn"
+
+    def look(_=None):
+        seen.append(precisions(*(place for place in OPERATIONS if place[0] == backend)))
+        if not NEW:
+            seen[-1] = [old_precisions() == ("highest", False) if device == "cuda" else old_precisions()[0]]
+
+    def model(x):
+        look()
+        return x.sin()
+
+    lin = linearize(torch.ones(3), model, engine=engine)
+    lin.on_product = look
+    lin.vjp(lin.jvp(torch.ones(2, 3)))
+    assert all(set(found) <= {"ieee", "none", "highest", True} for found in seen) and seen
+    if device == "cuda" and NEW:
+        assert all("none" not in found for found in seen), "by default, some operations are reduced"
+    assert precisions_by_level() == before
+
+
+def test_float32_while_any_thread_needs_it(as_at_first):
+    torch.set_float32_matmul_precision("high")
+    inside, go_on, seen = threading.Event(), threading.Event(), []
+
+    def slow(x):
+        inside.set()
+        go_on.wait(60)
+        seen.append(torch._C._get_float32_matmul_precision() if not NEW else precisions(("mkldnn", "matmul")))
+        return x.sin()
+
+    F = FisherOperator(torch.ones(3), lambda x: x.cos())
+    other = threading.Thread(target=lambda: linearize(torch.ones(3), slow))
+    other.start()
+    assert inside.wait(60)
+    F.linearization.jvp(torch.ones(1, 3))
+    go_on.set()
+    other.join()
+    assert set(map(str, seen)) == {"['ieee']" if NEW else "highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+    assert not NEW or precisions(("mkldnn", "matmul")) == ["tf32"]
+
+
+def test_a_model_may_switch_cudnn_off():
+    """On a CPU; elsewhere PyTorch's context manager wants its old switches to agree with its new ones."""
+
+    def model(x):
+        with torch.backends.cudnn.flags(enabled=False):
+            return x.sin()
+
+    assert linearize(torch.ones(3), model).jvp(torch.ones(1, 3)).shape == (1, 3)
