@@ -34,14 +34,18 @@ def prepare_recording() -> None:
             import torch._dynamo  # noqa: F401
 
 
-def compute_in_float32(device: str, undo: list[Callable[[], object]]) -> None:
-    """Have float32 computed as such on a device, where TF32 or bfloat16 is allowed, as it is for convolutions by cuDNN.
+def compute_exactly(device: str, undo: list[Callable[[], object]]) -> None:
+    """Have float32 computed as such, not in TF32 or bfloat16, which are allowed in convolutions by cuDNN, for one.
 
-    What undoes a change, in reverse order, is put into `undo` before the change is made. From 2.9 on, an operation has
-    a precision of its own or its backend's, and a backend its own or the general one; "none" is the default, by which
-    some operations are reduced. Going from the general to the special, what is still reduced is so by itself. While it
-    lasts, PyTorch's old switch of cuDNN does not agree with the new ones, and `torch.backends.cudnn.flags` says so.
+    And have cuDNN give the same bits again. What undoes a change, in reverse order, is put into `undo` before the
+    change is made. From 2.9 on, an operation has a precision of its own or its backend's, and a backend its own or the
+    general one; "none" is the default, by which some operations are reduced. Going from the general to the special,
+    what is still reduced is so by itself. While it lasts, PyTorch's old switch of cuDNN does not agree with the new
+    ones, and `torch.backends.cudnn.flags` says so.
     """
+    if device == "cuda" and not torch._C._get_cudnn_deterministic():
+        undo.append(functools.partial(torch._C._set_cudnn_deterministic, False))
+        torch._C._set_cudnn_deterministic(True)
     if VERSION < (2, 9):
         if torch._C._get_float32_matmul_precision() != "highest":
             undo.append(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
@@ -164,7 +168,16 @@ def attempt() -> Iterator[None]:
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error hold: PyTorch's guards, which would put back an old state whenever freed."""
+    """Free what the frames of an error hold: PyTorch's guards, which would put back an old state whenever freed.
+
+    An error that a trace function raises at the end of a call has left that frame out: another goes back to it.
+    """
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            while frame is not None:
+                try:
+                    frame.clear()
+                except RuntimeError:  # it still runs
+                    break
+                frame = frame.f_back
         error = error.__cause__ or error.__context__

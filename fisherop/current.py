@@ -18,11 +18,10 @@ from fisherop.engines import DoubleBackward, forward_mode, slope_by_backward
 from fisherop.guard import Guard
 from fisherop.response import Response
 from fisherop.slopes import norm
-from fisherop.trial import Trial
+from fisherop.trial import ROUNDINGS, Trial
 from fisherop.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
-ROUNDINGS = 32  # by which the same product may differ when it is computed in another way
 
 
 class Current:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherop import checks, programs
 from fisherop.compat import attempt, prepare_recording
 from fisherop.contents import Contents
-from fisherop.current import ROUNDINGS, Current
+from fisherop.current import Current
 from fisherop.engines import (
     ENGINES,
     DoubleBackward,
@@ -31,7 +31,7 @@ from fisherop.guard import Guard
 from fisherop.pickles import check_picklable
 from fisherop.response import Response, check_image, check_model, examine
 from fisherop.slopes import check_slope, norm
-from fisherop.trial import check_close, check_products, random, vectorizes
+from fisherop.trial import ROUNDINGS, check_close, check_products, random, vectorizes
 from fisherop.undisturbed import alone, in_thread
 
 _LOG = logging.getLogger(__name__)

@@ -2,8 +2,8 @@
 
 PyTorch's own context managers don't survive an interrupt everywhere: one that comes between the change of a setting and
 the body of its ``with`` leaves it changed. So each run notes all settings before it begins, and puts back at its end
-what differs. `Thread` are the settings of one thread, `Process` those that all threads share. How precisely float32 is
-computed, which products depend on in several threads at once, is kept by `_Float32`.
+what differs. `Thread` are the settings of one thread, `Process` those that all threads share. How precisely PyTorch
+computes, which products in several threads at once depend on, is kept by `_Arithmetic`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-from fisherop.compat import clear_frames, compute_in_float32
+from fisherop.compat import clear_frames, compute_exactly
 
 T = TypeVar("T")
 _SDP = [n for n in ("flash", "mem_efficient", "math", "cudnn") if hasattr(torch._C, f"_get_{n}_sdp_enabled")]
@@ -43,7 +43,7 @@ class Thread:
         self._transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
 
     def restore(self) -> None:
-        _FLOAT32.leave(self)
+        _ARITHMETIC.leave(self)
         _keep_modes(self._modes)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._transforms:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._transforms)
@@ -83,8 +83,8 @@ class Process(Thread):
             torch._C._exit_dual_level(level=0)
 
 
-class _Float32:
-    """Float32 is computed as float32 from when the first run enters until the last has left, in any thread."""
+class _Arithmetic:
+    """PyTorch computes exactly from when the first run enters until the last has left, in any thread."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -94,7 +94,7 @@ class _Float32:
     def enter(self, run: Thread) -> None:
         with self.lock:
             self.runs.add(run)
-            compute_in_float32(run.device, self._undo)
+            compute_exactly(run.device, self._undo)
 
     def leave(self, run: Thread) -> None:
         """May be done twice, since an interrupt on the way makes it begin again."""
@@ -149,7 +149,7 @@ def alone(function: Callable[[list[Callable[[], Any]]], T], device: torch.device
             process = Process(device)
             last = [process.restore, Generators(device).restore]
             _running = outer or process
-            _FLOAT32.enter(process)
+            _ARITHMETIC.enter(process)
             return function(last)
         except KeyboardInterrupt as error:
             if process is not None:
@@ -168,7 +168,7 @@ def in_thread(function: Callable[[], T], device: torch.device) -> T:
     """Call `function`; afterwards the settings of this thread are as before."""
     before = Thread(device)
     try:
-        _FLOAT32.enter(before)
+        _ARITHMETIC.enter(before)
         return function()
     except KeyboardInterrupt as error:
         clear_frames(error)
@@ -258,9 +258,9 @@ def _put_warnings(values: list[Any]) -> None:
 def _in_child() -> None:
     """A fork while another thread runs: here it never comes to its end."""
     global _LOCK, _running
-    _FLOAT32.lock = threading.RLock()
-    for run in [run for run in _FLOAT32.runs if run.thread != threading.get_ident()]:
-        _FLOAT32.leave(run)
+    _ARITHMETIC.lock = threading.RLock()
+    for run in [run for run in _ARITHMETIC.runs if run.thread != threading.get_ident()]:
+        _ARITHMETIC.leave(run)
     if not _LOCK._is_owned():
         _LOCK = threading.RLock()
         if _running is not None:
@@ -268,7 +268,7 @@ def _in_child() -> None:
             _running = None
 
 
-_FLOAT32 = _Float32()
+_ARITHMETIC = _Arithmetic()
 _LOCK = threading.RLock()
 _running: Process | None = None
 if hasattr(os, "register_at_fork"):

@@ -12,7 +12,7 @@ from helpers import small_image, small_model
 from test_interrupts import settings
 
 from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize, undisturbed
-from fisherop.compat import compute_in_float32
+from fisherop.compat import compute_exactly
 from fisherop.engines import ENGINES
 
 
@@ -176,7 +176,7 @@ def test_float32_is_computed_as_such(switch, device, engine, as_at_first, monkey
 
     What is set for a GPU is looked at without one.
     """
-    monkeypatch.setattr(undisturbed, "compute_in_float32", lambda _, undo: compute_in_float32(device, undo))
+    monkeypatch.setattr(undisturbed, "compute_exactly", lambda _, undo: compute_exactly(device, undo))
     switch()
     before, seen = precisions_by_level(), []
     backend = "cuda" if device == "cuda" else "mkldnn"

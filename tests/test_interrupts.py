@@ -25,7 +25,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             torch.manual_seed(0)
             self.conv = nn.Conv2d(1, 2, 1)
             self.recurrent = nn.RNN(2, 2, batch_first=True)
@@ -39,7 +39,7 @@ class Layers(nn.Module):
             self.table = torch.linspace(1, 2, x.shape[-1], dtype=x.dtype)
         tokens = checkpoint.checkpoint(torch.tanh, self.conv(x) * self.table, use_reentrant=False)
         tokens = tokens.flatten(2).transpose(1, 2)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             torch.manual_seed(0)
             gains = torch.rand(2, dtype=x.dtype)
         tokens = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)

@@ -81,7 +81,7 @@ def check_products(lin, name: str, dtype: torch.dtype) -> None:
     forward, reverse = ((a.double() * b.double()).flatten(1).sum(1) for a, b in ((jv, u), (jtu, v)))
     sizes = jv.double().norm(dim=1) * u.double().norm(dim=1)
     assert ((forward - reverse).abs() <= rtol(precision, 1e4) * sizes).all(), "⟨J v, u⟩ = ⟨v, Jᵀu⟩"
-    for _ in range(2):
+    for _ in range(2) if device.type == "cpu" else ():  # elsewhere sums may be taken in any order
         assert torch.equal(lin.jvp(v), jv) and torch.equal(lin.vjp(u), jtu), "the same bits again"
     if dtype == torch.float64 and kind.smooth:
         rounding = 1e-9 * float(true.response.abs().max())
@@ -147,11 +147,12 @@ def test_every_kind(name, dtype):
 @pytest.mark.parametrize(("name", "dtype", "device"), list(itertools.product(ALL, DTYPES, DEVICES[1:])))
 def test_every_kind_on_an_accelerator(name, dtype, device):
     kind = available(name)
-    model, x = kind.make(dtype), kind.image(dtype).to(device)
-    if isinstance(model, nn.Module):
-        model.to(device)
+    model, control = (
+        one.to(device) if isinstance(one, nn.Module) else one for one in (kind.make(dtype), kind.make(dtype))
+    )
+    x = kind.image(dtype).to(device)
     try:
-        respond(copy.deepcopy(model), x)
+        respond(control, x)
     except RuntimeError as error:
         pytest.skip(f"this model does not run there: {str(error).splitlines()[0]}")
     before = state(model)
@@ -160,8 +161,7 @@ def test_every_kind_on_an_accelerator(name, dtype, device):
     precision = max(dtype, kind.precision, key=lambda d: torch.finfo(d).eps)
     assert_close(lin.response.flatten().cpu(), truth(name).response, precision, factor=1e4)
     check_products(lin, name, dtype)
-    after = state(model)
-    assert all(after[path][0] is t and torch.equal(after[path][2], copied) for path, (t, _, copied) in before.items())
+    check_unharmed(model, before, control, writes=kind.writes)
 
 
 @pytest.mark.parametrize(("name", "engine"), BY_HAND)
