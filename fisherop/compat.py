@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,9 @@ def differentiable(*, recurrent: bool) -> Iterator[None]:
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         eager = _quiet(torch.compiler.set_stance("force_eager"))
-    sampling = contextlib.nullcontext() if VERSION >= (2, 15) else _GridSample()
     try:
         torch._C._set_mkldnn_enabled(mkldnn and not recurrent)
-        with sdpa_kernel(SDPBackend.MATH), eager, sampling, _checkpoints():
+        with sdpa_kernel(SDPBackend.MATH), eager, _Formulas(), _checkpoints():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
@@ -95,15 +95,22 @@ def _quiet(eager: contextlib.AbstractContextManager) -> Iterator[None]:
         yield
 
 
-class _GridSample(TorchFunctionMode):
-    """Up to 2.14, `grid_sample` has no forward mode, up to 2.10 no second derivative: its decomposition has both."""
+class _Formulas(TorchFunctionMode):
+    """Operations whose kernels have no forward mode, or no derivative, by PyTorch's decompositions, which have both.
 
+    Up to 2.14, `grid_sample` has no forward mode, up to 2.10 no second derivative. On CUDA recurrent layers and cells
+    have no forward mode, and, by cuDNN in evaluation mode, no derivative; on CPUs, without oneDNN, they have both.
+    """
+
+    RECURRENT_ON = "cuda"
     INTERPOLATION, PADDING = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.grid_sample:
+        if func is F.grid_sample and VERSION < (2, 15):
             return self._sample(*args, **kwargs)
+        if func in _RECURRENT and args and args[0].device.type == self.RECURRENT_ON:
+            return self._recur(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _sample(
@@ -119,6 +126,26 @@ class _GridSample(TorchFunctionMode):
             return F.grid_sample(input, grid, mode, padding_mode, align_corners)
         options = self.INTERPOLATION.index(mode), self.PADDING.index(padding_mode), bool(align_corners)
         return torch._decomp.decompositions.grid_sampler_2d(input, grid, *options)
+
+    def _recur(self, func: Callable, input: Tensor, second: Any, *rest: Any) -> Any:
+        whole, packed = (getattr(torch._decomp.decompositions, name) for name in _RECURRENT[func])
+        if func in (torch.lstm_cell, torch.gru_cell):  # a sequence of length one
+            state = tuple(h[None] for h in second) if isinstance(second, tuple | list) else second[None]
+            weights = [weight for weight in rest if weight is not None]
+            _, *last = whole(input[None], state, weights, len(weights) == 4, 1, 0.0, False, False, False)
+            return tuple(h[0] for h in last) if len(last) == 2 else last[0][0]
+        # a packed sequence's second argument are the sizes of its batches, and its weights come fourth
+        return (whole if isinstance(rest[1], bool) else packed)(input, second, *rest)
+
+
+_RECURRENT = {
+    torch.rnn_tanh: ("rnn_tanh_input", "rnn_tanh_data"),
+    torch.rnn_relu: ("rnn_relu_input", "rnn_relu_data"),
+    torch.lstm: ("lstm_impl", "lstm_data_impl"),
+    torch.gru: ("gru_impl", "gru_impl_data"),
+    torch.lstm_cell: ("lstm_impl", "lstm_data_impl"),
+    torch.gru_cell: ("gru_impl", "gru_impl_data"),
+}
 
 
 @contextlib.contextmanager

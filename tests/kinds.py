@@ -470,6 +470,35 @@ class Recurrent(nn.Module):
         return self.layer(x[0].permute(1, 0, 2).flatten(1)[None])
 
 
+class Cells(nn.Module):
+    """A cell of each kind, fed with one row of an image after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.gated, self.plain = nn.LSTMCell(24, 5), nn.GRUCell(5, 4, bias=False), nn.RNNCell(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = gate = state = None
+        for row in x[0].permute(1, 0, 2).flatten(1):
+            memory = self.long(row[None], memory)
+            gate = self.gated(memory[0], gate)
+            state = self.plain(gate, state)
+        return state
+
+
+class Packed(nn.Module):
+    """The rows of an image as two sequences of different lengths, to an LSTM with projections and to a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.gated = nn.LSTM(24, 5, proj_size=3, bidirectional=True), nn.GRU(24, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        rows = x[0].permute(1, 0, 2).flatten(1)
+        packed = nn.utils.rnn.pack_sequence([rows[:3], rows[2:]])
+        return [layer(packed)[0].data for layer in (self.long, self.gated)]
+
+
 class Sampler(nn.Module):
     """A spatial transformer, whose grid is a constant."""
 
@@ -576,6 +605,10 @@ ARCHITECTURES = {
         functorch=False,
     ),
     "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True))), (1, 3, 4, 8)),
+    "recurrent cells": Kind(module(Cells), (1, 3, 4, 8)),
+    "packed sequence": Kind(  # packing has no forward mode
+        module(Packed), (1, 3, 4, 8), engine="double_backward", forward_mode=False, functorch=False
+    ),
     "U-Net at a time": Kind(unet),
     "generator": Kind(module(Generator), (1, 512)),
     "max pooling": Kind(net(lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.Conv2d(4, 2, 3))),

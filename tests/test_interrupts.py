@@ -255,6 +255,7 @@ assert settings() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch differentiates in threads for CUDA, which no fork has")
 def test_a_fork_while_another_thread_linearizes():
     """The child waits for no thread that it doesn't have, and PyTorch is there as it should be."""
     script = FORK.format(tests=os.path.dirname(__file__))

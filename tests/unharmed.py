@@ -87,7 +87,7 @@ def check_unharmed(model, before: dict, control, *, writes: bool = False) -> Non
                 assert tensor is had, f"{path} is another object"
             assert writes or place(tensor) == where, f"{path} lies elsewhere"
         else:
-            assert_close(tensor, expected[path].detach(), tensor.dtype)
+            assert_close(tensor.cpu(), expected[path].detach().cpu(), tensor.dtype)
     if isinstance(model, nn.Module):
         assert dict(model.named_buffers()).keys() == dict(control.named_buffers()).keys(), "caches are kept"
         assert flags(model) == flags(control)
