@@ -5,6 +5,7 @@ in one process, float32. Prints a Markdown table and writes ``products.json``, a
 cost. ResNet18, VGG16, ViT-B/16 and ConvNeXt-tiny need torchvision; weights are random.
 
     python benchmarks/products.py [--sizes 128 224] [--threads 1 2] [--models NAME ...] [--engines NAME ...]
+                                  [--device cuda]
     python benchmarks/products.py --cold | --held
 """
 
@@ -155,9 +156,17 @@ def products() -> dict[str, Callable]:
 
 
 def seconds(run: Callable[[], object]) -> float:
+    finish()
     start = time.perf_counter()
     run()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    """A GPU works on when PyTorch's functions have returned."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(run: Callable[[], object], forward: Callable[[], object], budget: float = 2.0) -> float:
@@ -187,14 +196,16 @@ def memory(what: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def measure(name: str, build: Callable[[], nn.Module], size: int, threads: int, engines: list[str]) -> list[dict]:
+def measure(
+    name: str, build: Callable[[], nn.Module], size: int, threads: int, engines: list[str], device: str
+) -> list[dict]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = build().eval()
-    image, other = torch.rand(2, 1, 1 if name == "On–Off" else 3, size, size)
+    model = build().eval().to(device)
+    image, other = torch.rand(2, 1, 1 if name == "On–Off" else 3, size, size).to(device)
     rows, truth = [], None
     with torch.no_grad():
-        v, u = torch.randn(8, *image.shape), torch.randn(8, model(image).numel())
+        v, u = torch.randn(8, *image.shape).to(device), torch.randn(8, model(image).numel()).to(device)
         for engine, make in products().items():
             if engine not in engines:
                 continue
@@ -217,6 +228,7 @@ def cost(row: dict, make: Callable, model: nn.Module, image: Tensor, other: Tens
     forward_seconds = statistics.median(seconds(forward) for _ in range(5))
     start = time.perf_counter()
     pair = make(image, model)
+    finish()
     row["build"] = (time.perf_counter() - start) / forward_seconds
     row["build_again"] = seconds(lambda: make(other, model)) / forward_seconds
     jv = pair[0](v[:1])
@@ -294,10 +306,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--engines", nargs="+", default=list(products()))
+    parser.add_argument("--device", default="cpu", help="on a GPU, plain passes are timed in float32, without TF32")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("products.json"))
     parser.add_argument("--cold", action="store_true", help="only the first and the next image, in fresh processes")
     parser.add_argument("--held", action="store_true", help="only the memory that a linearization holds")
     options = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
     if options.held:
         return held()
     if options.cold:
@@ -316,7 +330,7 @@ def main() -> None:
         for size in options.sizes:
             for name, build in models(size).items():
                 if options.models is None or name in options.models:
-                    rows += measure(name, build, size, threads, options.engines)
+                    rows += measure(name, build, size, threads, options.engines, options.device)
                     options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
