@@ -15,7 +15,17 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fisherop import checks
-from fisherop.fields import TEXT, Field, Header, check_common, check_sizes, check_types, parse_json, wrong
+from fisherop.fields import (
+    TEXT,
+    Field,
+    Header,
+    check_common,
+    check_sizes,
+    check_types,
+    parse_history,
+    parse_json,
+    wrong,
+)
 from fisherop.files import fingerprint, response_difference, same_response, unpack, write
 from fisherop.linearize import Linearization
 from fisherop.result import ConvergenceError, EigenResult
@@ -301,7 +311,7 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
             raise wrong(path, name, f"must be none or two numbers from 0, not {fields[name]}")
     checks: dict[str, Callable[[Any], Any]] = {
         "rng": lambda text: _stream(text),
-        "history": lambda text: _history(text),
+        "history": lambda text: parse_history(parse_json(text, list)),
     }
     for name, check in checks.items():
         try:
@@ -332,20 +342,6 @@ def _stream(text: str) -> np.random.Generator:
     return np.random.Generator(generator)
 
 
-def _history(text: str) -> list[dict[str, Any]]:
-    return [_entry(**entry) for entry in parse_json(text, list)]
-
-
-def _entry(n_products: float, largest: list, smallest: list) -> dict[str, Any]:
-    ends = {}
-    for end, pair in (("largest", largest), ("smallest", smallest)):
-        values, residuals = (np.array(numbers, dtype=np.float64) for numbers in pair)
-        if values.ndim != 1 or values.shape != residuals.shape:
-            raise ValueError(f"an entry has {values.shape} values and {residuals.shape} residuals")
-        ends[end] = values, residuals
-    return {"n_products": float(n_products)} | ends
-
-
 def _restore(search: Any, kept: Mapping[str, NDArray]) -> None:
     space = search.space
     search.main = None  # until all is there, and has been compared with the model
@@ -357,7 +353,7 @@ def _restore(search: Any, kept: Mapping[str, NDArray]) -> None:
         setattr(search, name, int(kept[name]))
     search.phase = str(kept["phase"])
     search.bounds, search.nullity = (tuple(kept[name].tolist()) or None for name in ("bounds", "nullity"))
-    search.rng, search.history = _stream(kept["rng"].item()), _history(kept["history"].item())
+    search.rng, search.history = _stream(kept["rng"].item()), parse_history(json.loads(kept["history"].item()))
     rows = {name: space.tensor(kept[name]) for name in ("v", "w", "random", "found_vectors", "fixed")}
     search.random = rows["random"] if len(rows["random"]) else None
     if search.phase != "main":

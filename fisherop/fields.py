@@ -181,11 +181,11 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         "tol": lambda tol: checks.tolerance(tol.item()),
         "eigenindex": lambda index: _check_stored_index(index, n),
         "eigenvectors": lambda v: check_orthonormal(v, np.finfo(v.dtype).eps),
-        "details": lambda text: parse_json(text.item(), dict),
+        "details": lambda text: _check_details(text.item(), fields["method"].item()),
     }.items():
         try:
             check(fields[name])
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise wrong(path, name, f"can't be right: {error}") from error
     for name in ("lambda_max_bounds", "lambda_min_bounds"):
         low, high = fields[name].tolist()
@@ -243,6 +243,27 @@ def parse_json(text: str, kind: type) -> Any:
     if not isinstance(parsed, kind):
         raise ValueError(f"it must be a {kind.__name__} in JSON, not a {type(parsed).__name__}")
     return parsed
+
+
+def parse_history(entries: list) -> list[dict[str, Any]]:
+    """The entries of golub_kahan's history, as it leaves them; ValueError or TypeError for whatever else is there."""
+    return [_entry(**entry) for entry in entries]
+
+
+def _entry(n_products: float, largest: list, smallest: list) -> dict[str, Any]:
+    ends = {}
+    for end, pair in (("largest", largest), ("smallest", smallest)):
+        values, residuals = (np.array(numbers, dtype=np.float64) for numbers in pair)
+        if values.ndim != 1 or values.shape != residuals.shape:
+            raise ValueError(f"an entry has {values.shape} values and {residuals.shape} residuals")
+        ends[end] = values, residuals
+    return {"n_products": float(n_products)} | ends
+
+
+def _check_details(text: str, method: str) -> None:
+    details = parse_json(text, dict)
+    if method == "golub_kahan":  # that of a solver of the user's may be anything
+        parse_history(details.get("history", []))
 
 
 def _shown(array: NDArray | Iterable) -> str:

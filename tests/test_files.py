@@ -355,13 +355,23 @@ def alterations(name, x):
         "response_shape": lambda: {"another": x + 1, "negative": -x},
         "status": lambda: {"unknown": np.full(x.shape, "fine"), "of other letters": np.full(x.shape, "EIGENPAIR")},
         "details": lambda: {
-            text[:8]: np.array(text) for text in ("", "[1]", "{", "[" * 100_000, '{"a":' * 100_000, "1", "9" * 5000)
+            text[:25]: np.array(text)
+            for text in ("", "[1]", "{", "[" * 100_000, '{"a":' * 100_000, "1", "9" * 5000, *WRONG_HISTORIES)
         },
         "versions": lambda: {"no version": np.full(x.shape, "torch")},
     }
     yield from special.get(name, dict)().items()
 
 
+WRONG_HISTORIES = [
+    f'{{"history": {entries}}}'
+    for entries in (
+        "1",
+        "[1]",
+        '[{"n_products": 1}]',
+        '[{"n_products": 1, "largest": [[1], [1, 2]], "smallest": [[], []]}]',
+    )
+]
 OPTIONAL = {"response_shape", "object", "model", "attributes"}  # which earlier versions left out
 
 
