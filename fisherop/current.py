@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fisherop.compat import attempt
 from fisherop.contents import Contents
-from fisherop.engines import DoubleBackward, forward_mode, slope_by_backward
+from fisherop.engines import DoubleBackward, Functional, forward_mode, slope_by_backward
 from fisherop.guard import Guard
-from fisherop.response import Response
+from fisherop.response import Response, check_mode
 from fisherop.slopes import norm
 from fisherop.trial import ROUNDINGS, Trial
 from fisherop.undisturbed import alone
@@ -71,17 +71,23 @@ class Current:
         if not changed:
             self._contents = contents
             return
-        last.append(Guard(self._respond.model).restore)
+        last.append(Guard(self._respond.model, values=True).restore)
+        trains = ""
+        try:
+            check_mode(self._respond.model)
+        except ValueError as error:  # it isn't called, which would change it further
+            trains = f": {error}"
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        what = f"the model has changed since it was linearized (in {names})"
+        what = f"the model has changed since it was linearized (in {names}{trains})"
+        calls = isinstance(self._engine, Functional)
         stale = warning = None
         with torch.inference_mode(False), torch.no_grad():
-            if not self._agrees(self._multiplied, self._trial.jv, self._trial.jtu):
+            if (trains and calls) or not self._agrees(self._multiplied, self._trial.jv, self._trial.jtu):
                 stale = (
                     f"{what}, so that products by the {type(self._engine).__name__} engine may be neither of the "
                     "model as it was nor of the model as it is: linearize it again"
                 )
-            elif not self._agrees(self._differentiated, self._response.flatten(), self._trial.jv[0]):
+            elif trains or not self._agrees(self._differentiated, self._response.flatten(), self._trial.jv[0]):
                 warning = (
                     f"{what}; products are still of the model as it was: linearize it again for those of the model as "
                     "it is"

@@ -343,6 +343,7 @@ class Linearization:
     def respond(self, image: Tensor) -> Tensor:
         """The model's response to an image of this shape, flat (M,)."""
         checks.tensor("image", image, self.image_shape, self.image)
+        check_model(self.image, self.model)
 
         def run(_: list[Callable]) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():

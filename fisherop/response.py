@@ -192,13 +192,9 @@ def check_image(image: Tensor) -> None:
         raise ValueError("image holds NaN or infinity")
 
 
-def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
-    checks.function("model", model, "a callable or an nn.Module")
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        checks.refuse(TypeError, "model", "a callable or an nn.Module", model, "make an instance of it")
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
+def check_mode(model: Callable[[Tensor], Any]) -> None:
+    """Raise ValueError where a module is in training mode, by which its response is random, or it changes."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         learns = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         if module.training and (drops or learns):
@@ -206,6 +202,15 @@ def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
                 f"model is in training mode and holds {type(module).__name__} ({name or 'itself'!r}), so that its "
                 "response is random or depends on its history: call model.eval() first"
             )
+
+
+def check_model(image: Tensor, model: Callable[[Tensor], Any]) -> None:
+    checks.function("model", model, "a callable or an nn.Module")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        checks.refuse(TypeError, "model", "a callable or an nn.Module", model, "make an instance of it")
+    if not isinstance(model, nn.Module):
+        return
+    check_mode(model)
     state = list(itertools.chain(model.parameters(), model.buffers()))
     if any(map(is_lazy, state)):
         raise ValueError("model has lazy parameters that are not made yet: call it once with an image first")

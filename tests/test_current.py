@@ -12,7 +12,15 @@ from helpers import assert_close
 from kinds import flat
 from torch import nn
 
-from fisherop import FisherOperator, LayerResponse, eigenpairs, linearize, programs
+from fisherop import (
+    Eigendistortion,
+    FisherOperator,
+    LayerResponse,
+    certify,
+    eigenpairs,
+    linearize,
+    programs,
+)
 from fisherop.engines import ENGINES
 
 GAIN = 1.0
@@ -258,3 +266,27 @@ def test_what_is_no_longer_kept_is_freed():
         made.append(weakref.ref(linearize(torch.rand(1, 1, size, size, dtype=torch.float64), model)._engine.program))
     gc.collect()
     assert [program() is not None for program in made] == [False] * 6 + [True] * 4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_in_training_mode_is_not_called(engine):
+    """One call of it would move the running means of batch norms."""
+    model = Model().double().eval()
+    ed = Eigendistortion(image(), model, engine=engine).synthesize(rng=0, progress=False)
+    model.train()
+    before = {name: (t, t.clone()) for name, t in model.named_buffers()}
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        if engine == "functional":
+            with pytest.raises(RuntimeError, match=r"training mode .*: call model.eval\(\) first.*neither"):
+                eigenpairs(ed.operator, rng=0, progress=False)
+        else:
+            eigenpairs(ed.operator, rng=0, progress=False)
+            certify(ed.operator, ed.result.eigenvectors, ed.result.eigenindex)
+        with pytest.raises((RuntimeError, ValueError), match=r"training mode .*: call model.eval\(\) first"):
+            ed.response_change(0, 0.1)
+    assert len(noted) == (engine != "functional")
+    assert all("training mode" in str(warning.message) for warning in noted)
+    assert all(model.get_buffer(name) is t and torch.equal(t, kept) for name, (t, kept) in before.items())
+    model.eval()
+    assert_close(*ed.response_change(0, 1e-6), torch.float64, factor=1e12)
