@@ -257,7 +257,7 @@ class Linearization:
         _LOG.info("engine %s", line)
 
     def _in_use(self, name: str, how: str = "") -> str:
-        line = f"{name}: in use, {how}{self.chunk_size} vectors at a time"
+        line = f"{name}: in use, {how}{self.chunk_size} vector{'s' * (self.chunk_size > 1)} at a time"
         if isinstance(self._engine, Traced):
             image, model = self._engine.held_bytes
             line += f", holding {image / 2**20:.1f} MiB for the image and {model / 2**20:.1f} MiB for the model"

@@ -75,7 +75,8 @@ def leaves(response: Any) -> list[Tensor]:
         return [leaf for field in dataclasses.fields(response) for leaf in leaves(getattr(response, field.name))]
     raise TypeError(
         "the model's response must be a tensor, or a nesting of tuples, lists, dicts and dataclasses of tensors and "
-        f"None; it holds {type(response).__name__}: choose its part, as `lambda x: model(x)[0]` does"
+        f"None; it holds {type(response).__name__}: choose its part, as `lambda x: model(x)[0]` or "
+        "`lambda x: model(x).features` does"
     )
 
 
@@ -172,7 +173,8 @@ def _check_same(response: Tensor, again: Tensor) -> None:
 
 
 def check_image(image: Tensor) -> None:
-    checks.instance("image", image, Tensor, "a torch.Tensor", "use torch.as_tensor(image)")
+    cure = "the image comes first, then the model" if callable(image) else "use torch.as_tensor(image)"
+    checks.instance("image", image, Tensor, "a torch.Tensor", cure)
     if image.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
     if image.layout != torch.strided or image.is_meta:

@@ -323,6 +323,7 @@ def _is_number(value: Any) -> bool:
 def judging(operator: Any, against: Any) -> Any:
     """The Fisher operator that judges in the place of another."""
     if isinstance(against, torch.dtype):
+        checks.moved("against", operator.linearization.image, against)
         return operator.to(against)
     judge = getattr(against, "fisher", against)
     if not hasattr(judge, "jacobian"):

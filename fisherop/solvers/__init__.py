@@ -318,7 +318,10 @@ def _choose(
     allowed = sorted(keywords - _OWN_OPTIONS)
     for option in options:
         if option not in allowed:
-            raise TypeError(f"method {method!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}")
+            cure = "; a seed is given as rng" if option == "seed" else ""
+            raise TypeError(
+                f"method {method!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}{cure}"
+            )
     return SOLVERS[method], method, why
 
 

@@ -32,11 +32,12 @@ def explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool)
             "tells); use a float64 image and model"
         )
     elif _is_limited_by_rounding(result, stopped, noise):
-        advice = f"rounding alone gives residuals of {noise:.1e} λ_max; "
+        advice = f"rounding alone gives residuals of {noise:.1e} λ_max, which count beside those found; "
         if noise > 1000 * np.finfo(result.eigenvectors.dtype).eps:  # more than the image's dtype leaves
             advice += "steps in lower precision (half, autocast) or a saturated response may be why; "
-        advice += "use a larger tol" if is_double else "use a float64 image and model, or a larger tol"
-        advice += "" if result.method == "golub_kahan" else ", and method='golub_kahan'"
+        larger = f"a larger tol, as {10 * noise:.0e}" if noise < 0.01 else "a larger tol"
+        advice += f"use {larger}" if is_double else f"use a float64 image and model, or {larger}"
+        advice += "" if result.method in ("golub_kahan", "exact") else ", and method='golub_kahan'"
     elif result.method == "randomized_svd":
         advice = "raise q, its power iterations, or p, accept a larger tol, or use method='golub_kahan'"
     else:
