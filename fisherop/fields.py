@@ -197,7 +197,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         raise wrong(path, "response_fingerprint", "must have a finite norm")
     eps = float(np.finfo(fields["eigenvectors"].dtype).eps)
     # the bound has the rounding of products in it, which an eigenvalue has not
-    largest = float(fields["lambda_max_bounds"][0]) / max(1 - max(noise, eps), eps) ** 2
+    largest = float(fields["lambda_max_bounds"][0]) / max(1 - 2 * max(noise, eps), eps) ** 2
     if values.max(initial=0.0) > largest * (1 + 1e-9):
         raise wrong(path, "lambda_max_bounds", f"say that λ_max ≥ {largest}, but {values.max()} is an eigenvalue")
     _check_status(path, fields["status"].tolist(), values, residuals, float(fields["tol"]) * largest)

@@ -17,7 +17,7 @@ from fisherop.jacobian import counted, scaled
 from fisherop.sample import Sample, ritz_extremes
 
 PROBE_STEPS = 30
-_RITZ = 6  # times the noise: of the entries of a tridiagonal T, which are products with F, three in a row
+_RITZ = 3  # times twice the noise: of a tridiagonal T, whose entries are products with F, three in a row
 _SLAB = 2**14  # rows at a time
 
 
@@ -271,7 +271,7 @@ def certify(
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
     # a sample of the noise may show less, by chance, and sums of M squares have rounding of their own
-    margin = max(noise, float(np.finfo(operator.dtype).eps)) + m**0.5 * float(np.finfo(np.float64).eps)
+    margin = 2 * max(noise, float(np.finfo(operator.dtype).eps)) + m**0.5 * float(np.finfo(np.float64).eps)
     of_ritz = _RITZ * margin + 1000 * float(np.finfo(np.float64).eps)  # and of T itself, some eps for each step
     high *= max(0.0, 1 - of_ritz)
     scale = max(values.max(initial=0.0), high)
@@ -288,8 +288,8 @@ def certify(
         ground = "all N pairs are here" if len(index) == n else "not examined"
     elif ground is None:
         ground = f"no direction beyond these in {probe} Lanczos steps from a random vector orthogonal to them"
-    highest = details.pop("lambda_max_upper", np.inf) / unit + 2 * margin * scale
-    lowest = details.pop("lambda_min_lower", 0.0) / unit - 2 * margin * scale
+    highest = details.pop("lambda_max_upper", np.inf) / unit + margin * scale
+    lowest = details.pop("lambda_min_lower", 0.0) / unit - margin * scale
     if sample.size == scale == 0:
         ground, highest = "J is zero at this image, so that every vector is both extremes", 0.0
         warn(
