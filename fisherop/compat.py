@@ -109,8 +109,11 @@ class _Formulas(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.grid_sample and VERSION < (2, 15):
             return self._sample(*args, **kwargs)
-        if func in _RECURRENT and args and args[0].device.type == self.RECURRENT_ON:
-            return self._recur(func, *args, **kwargs)
+        if func in _RECURRENT:
+            named = {"b_ih": None} | kwargs if "b_hh" in kwargs and len(args) < 5 else kwargs
+            ordered = *args, *(named[name] for name in _NAMES if name in named)
+            if ordered[0].device.type == self.RECURRENT_ON:
+                return self._recur(func, *ordered)
         return func(*args, **kwargs)
 
     def _sample(
@@ -132,6 +135,8 @@ class _Formulas(TorchFunctionMode):
         if func in (torch.lstm_cell, torch.gru_cell):  # a sequence of length one
             state = tuple(h[None] for h in second) if isinstance(second, tuple | list) else second[None]
             weights = [weight for weight in rest if weight is not None]
+            if len(weights) == 3:  # with a bias alone
+                weights = [torch.zeros_like(weights[2]) if weight is None else weight for weight in (*rest, None)[:4]]
             _, *last = whole(input[None], state, weights, len(weights) == 4, 1, 0.0, False, False, False)
             return tuple(h[0] for h in last) if len(last) == 2 else last[0][0]
         # a packed sequence's second argument are the sizes of its batches, and its weights come fourth
@@ -146,6 +151,8 @@ _RECURRENT = {
     torch.lstm_cell: ("lstm_impl", "lstm_data_impl"),
     torch.gru_cell: ("gru_impl", "gru_impl_data"),
 }
+_NAMES = ("input", "data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train")
+_NAMES += ("bidirectional", "batch_first", "w_ih", "w_hh", "b_ih", "b_hh")  # of their arguments, each in its order
 
 
 @contextlib.contextmanager
