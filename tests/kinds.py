@@ -556,6 +556,11 @@ class UNet(nn.Module):
         return self.last(F.silu(self.up(torch.cat([h, skip], 1))))
 
 
+def recurrent(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    net = module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True)))(dtype)
+    return lambda x: net(x)[0]
+
+
 def unet(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     net, t = module(UNet)(dtype), torch.tensor([37])
     return lambda x: net(x, t)
@@ -628,6 +633,7 @@ ARCHITECTURES = {
         (1, 3, 4, 8),
         functorch=False,
     ),
+    "LSTM in a function": Kind(recurrent, (1, 3, 4, 8), functorch=False),
     "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True))), (1, 3, 4, 8)),
     "recurrent cells": Kind(module(Cells), (1, 3, 4, 8)),
     "recurrent functions": Kind(module(RecurrentFunctions), (1, 3, 4, 8)),
