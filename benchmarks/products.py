@@ -63,7 +63,7 @@ class AtImage(nn.Module):
         self.respond = lambda x: model(x.clone()).reshape(1, -1)
 
     def forward(self, _: Tensor) -> Tensor:
-        with differentiable(recurrent=False):
+        with differentiable():
             return self.respond(self.x)
 
 
@@ -95,7 +95,7 @@ def compiled(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
 
 def torch_func(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
     def respond(x: Tensor) -> Tensor:
-        with differentiable(recurrent=False):
+        with differentiable():
             return model(x.clone()).reshape(-1)
 
     def jvp(block: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def torch_func(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
 def plenoptic(image: Tensor, model: nn.Module) -> tuple[Callable, Callable]:
     from plenoptic._synthesize import autodiff
 
-    with torch.enable_grad(), differentiable(recurrent=False):
+    with torch.enable_grad(), differentiable():
         x = image.reshape(-1, 1).clone().requires_grad_()
         y = model(x.reshape(image.shape)).reshape(-1, 1)
     dummy = torch.ones_like(y, requires_grad=True)
@@ -234,7 +234,7 @@ def cost(row: dict, make: Callable, model: nn.Module, image: Tensor, other: Tens
     jv = pair[0](v[:1])
     truth = jv if truth is None else truth
     row["difference"] = float((jv - truth).norm() / truth.norm())
-    with differentiable(recurrent=False):  # fused attention has no formula that counts it
+    with differentiable():  # fused attention has no formula that counts it
         forward_flops = count_flops(forward)
     for k in (1, 8):
         runs = [functools.partial(f, b[:k]) for f, b in zip(pair, (v, u), strict=True)]

@@ -65,24 +65,22 @@ def compute_exactly(device: str, undo: list[Callable[[], object]]) -> None:
 
 
 @contextlib.contextmanager
-def differentiable(*, recurrent: bool) -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     """A model's operations by their formulas, uncompiled; PyTorch's switches are as before afterwards.
 
-    The fused kernels of attention and of `recurrent` layers have no forward mode. What `torch.compile` wraps runs as it
+    The fused kernels of attention and of recurrent layers have no forward mode. What `torch.compile` wraps runs as it
     is: compiling it would record the modes that are active here, and not compile it again for the user. Up to 2.5, a
     function compiled with ``fullgraph=True`` can't be told to.
     """
-    mkldnn, fast_path = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     eager = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         eager = _quiet(torch.compiler.set_stance("force_eager"))
     try:
-        torch._C._set_mkldnn_enabled(mkldnn and not recurrent)
         with sdpa_kernel(SDPBackend.MATH), eager, _Formulas(), _checkpoints():
             yield
     finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
@@ -109,8 +107,12 @@ class _Formulas(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.grid_sample and VERSION < (2, 15):
             return self._sample(*args, **kwargs)
-        if func in _RECURRENT and args and args[0].device.type == self.RECURRENT_ON:
-            return self._recur(func, *args, **kwargs)
+        if func in _RECURRENT:
+            named = {"b_ih": None} | kwargs if "b_hh" in kwargs and len(args) < 5 else kwargs
+            ordered = *args, *(named[name] for name in _NAMES if name in named)
+            if ordered[0].device.type == self.RECURRENT_ON:
+                return self._recur(func, *ordered)
+            return _without_mkldnn(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _sample(
@@ -132,10 +134,22 @@ class _Formulas(TorchFunctionMode):
         if func in (torch.lstm_cell, torch.gru_cell):  # a sequence of length one
             state = tuple(h[None] for h in second) if isinstance(second, tuple | list) else second[None]
             weights = [weight for weight in rest if weight is not None]
+            if len(weights) == 3:  # with a bias alone
+                weights = [torch.zeros_like(weights[2]) if weight is None else weight for weight in (*rest, None)[:4]]
             _, *last = whole(input[None], state, weights, len(weights) == 4, 1, 0.0, False, False, False)
             return tuple(h[0] for h in last) if len(last) == 2 else last[0][0]
         # a packed sequence's second argument are the sizes of its batches, and its weights come fourth
         return (whole if isinstance(rest[1], bool) else packed)(input, second, *rest)
+
+
+def _without_mkldnn(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Recurrent layers of oneDNN, which it has for float32, have no forward mode."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 _RECURRENT = {
@@ -146,6 +160,8 @@ _RECURRENT = {
     torch.lstm_cell: ("lstm_impl", "lstm_data_impl"),
     torch.gru_cell: ("gru_impl", "gru_impl_data"),
 }
+_NAMES = ("input", "data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train")
+_NAMES += ("bidirectional", "batch_first", "w_ih", "w_hh", "b_ih", "b_hh")  # of their arguments, each in its order
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherop.guard import _names
-from fisherop.sparse import parts
+from fisherop.sparse import is_opaque, parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _SIMPLE = {bool, int, float, complex, str}
@@ -93,6 +93,8 @@ class Contents:
         if id(here) in self._seen:
             return (kind, "again"), []
         self._seen[id(here)] = here
+        if isinstance(here, Tensor) and is_opaque(here):
+            return (id(here), kind), self._of_object(here)
         if isinstance(here, Tensor):
             return self._tensor(here), []
         if isinstance(here, np.ndarray):

@@ -272,7 +272,7 @@ class Eigendistortion(BuiltAnew):
         index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
         scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
         largest = np.abs(scale).max(initial=0.0)
-        if largest > torch.finfo(self.image.dtype).max / 2:
+        if largest > (torch.finfo(self.image.dtype).max - self.image.abs().max().item()) / 2:
             checks.refuse(ValueError, "scale", f"steps that {self.image.dtype} can hold", float(largest))
         actual = change_along(self.operator, result.eigenvectors[:, index], scale)
         return result.eigenvalues[index] ** 0.5 * np.abs(scale), actual

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fisherop.compat import is_wrapped
-from fisherop.sparse import parts
+from fisherop.sparse import is_opaque, parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.ndarray, type)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}
@@ -55,7 +56,7 @@ class Guard:
             stack += [(tensor, True) for tensor in (*model.parameters(), *model.buffers())]
         while stack:
             here, own = stack.pop()
-            if isinstance(here, _PLAIN) or id(here) in seen:
+            if isinstance(here, _PLAIN) or id(here) in seen or is_lazy(here):
                 continue
             seen[id(here)] = here
             if isinstance(here, Tensor):
@@ -121,7 +122,7 @@ class _Kept:
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if tensor.is_leaf else None
         self.copy = None
-        if values:
+        if values and not is_opaque(tensor):
             same = earlier is not None and earlier.copy is not None and _equal(earlier.copy, self.data)
             self.copy = earlier.copy if same else self.data.clone()
 
@@ -247,8 +248,13 @@ def _equal(a: Any, b: Any) -> bool:
         return False
     if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
         return False
-    pairs = [(x.detach(), y.detach()) for x, y in zip(parts(a), parts(b), strict=True) if x.device.type != "meta"]
+    pairs = [(_real(x), _real(y)) for x, y in zip(parts(a), parts(b), strict=True) if x.device.type != "meta"]
     return all(torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all()) for x, y in pairs)
+
+
+def _real(x: Tensor) -> Tensor:
+    """Complex numbers in half precision as pairs, since PyTorch can't compare them."""
+    return torch.view_as_real(x.detach().resolve_conj()) if x.dtype == torch.complex32 else x.detach()
 
 
 def _state(generator: Any) -> Any:

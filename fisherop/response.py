@@ -38,12 +38,10 @@ class Response:
     def __init__(self, model: Callable[[Tensor], Any], *, sparse: bool = False) -> None:
         self.model = model
         self.sparse = sparse
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The response to a copy of x, which an in-place first layer may change."""
-        with differentiable(recurrent=self._recurrent), SparseProducts() if self.sparse else contextlib.nullcontext():
+        with differentiable(), SparseProducts() if self.sparse else contextlib.nullcontext():
             found = leaves(self.model(x.clone()))
         if not found:
             raise ValueError("the model's response holds no tensor")

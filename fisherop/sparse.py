@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+
+from fisherop.compat import is_wrapped
 
 _PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.mv}
 
@@ -27,8 +30,28 @@ def is_sparse(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout != torch.strided
 
 
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether a tensor's memory can't be read as a dense tensor's, or crashes the process.
+
+    Of a lazy or a nested tensor, of a subclass that does its operations itself, as quantized weights and fake tensors
+    do, and of one whose storage has been freed.
+    """
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if own or is_lazy(tensor) or tensor.is_nested:
+        return True
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not is_wrapped(tensor)
+        and tensor.numel() > 0
+        and tensor.untyped_storage().nbytes() == 0
+    )
+
+
 def parts(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a tensor is made of; none where PyTorch has no names for them."""
+    if is_opaque(tensor):
+        return []
     if tensor.layout == torch.strided:
         return [tensor]
     if tensor.layout == torch.sparse_coo:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult
+from fisherop.slopes import norm
 
 
 def amplitudes_at_threshold(result: EigenResult) -> NDArray[np.float64]:
@@ -22,8 +23,12 @@ def change_along(operator: FisherOperator, vector: NDArray, scale: ArrayLike) ->
     """‖f(image + scale · vector) − f(image)‖₂ for a vector (N,), in the shape of `scale`."""
     lin, scale = operator.linearization, np.asarray(scale, dtype=np.float64)
     direction = operator.to_tensors(vector[:, None])[0]
-    change = [
-        torch.linalg.vector_norm((lin.respond(lin.image + step * direction) - lin.response.flatten()).double()).item()
-        for step in scale.flatten().tolist()
-    ]
+    before = lin.response.flatten().double()
+    change = [_size(lin.respond(lin.image + step * direction).double() - before) for step in scale.flatten().tolist()]
     return np.reshape(change, scale.shape)
+
+
+def _size(change: Tensor) -> float:
+    """Its norm, also where squares would leave float64's range; infinite or NaN where the response is."""
+    peak = change.abs().max()
+    return norm(change) if peak.isfinite() else peak.item()

@@ -486,6 +486,30 @@ class Cells(nn.Module):
         return state
 
 
+class RecurrentFunctions(nn.Module):
+    """Of a row of an image, without modules: arguments by name, a bias alone, states that depend on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.gated, self.plain = nn.LSTM(24, 5), nn.GRUCell(24, 5), nn.RNN(24, 5, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Any]:
+        rows = x[0].permute(1, 0, 2).flatten(1)[:, None]
+        first = rows[0]
+        hidden, gated = first[:, :5].sin(), self.gated
+        input_weight, weight, input_bias, bias = self.long._flat_weights
+        cell = {"w_ih": input_weight, "w_hh": weight}
+        layer = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False}
+        return [
+            torch.lstm_cell(input=first, hx=[hidden, hidden], b_ih=input_bias, b_hh=bias, **cell),
+            torch.lstm_cell(first, (hidden, hidden), b_hh=bias, **cell),
+            torch.lstm_cell(first, (hidden, hidden), input_weight, weight, input_bias),
+            torch.gru_cell(first, hidden, gated.weight_ih, gated.weight_hh, gated.bias_ih, b_hh=gated.bias_hh),
+            torch.gru_cell(first, hx=hidden, w_ih=gated.weight_ih, w_hh=gated.weight_hh, b_hh=gated.bias_hh),
+            torch.rnn_relu(rows, hidden[None], params=self.plain._flat_weights, batch_first=False, **layer),
+        ]
+
+
 class Packed(nn.Module):
     """The rows of an image as two sequences of different lengths, to an LSTM with projections and to a GRU."""
 
@@ -530,6 +554,11 @@ class UNet(nn.Module):
         h = h + F.scaled_dot_product_attention(q, k, v).mT.reshape(h.shape)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
         return self.last(F.silu(self.up(torch.cat([h, skip], 1))))
+
+
+def recurrent(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    net = module(lambda: Recurrent(nn.LSTM(24, 5, batch_first=True)))(dtype)
+    return lambda x: net(x)[0]
 
 
 def unet(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -604,8 +633,10 @@ ARCHITECTURES = {
         (1, 3, 4, 8),
         functorch=False,
     ),
+    "LSTM in a function": Kind(recurrent, (1, 3, 4, 8), functorch=False),
     "GRU": Kind(module(lambda: Recurrent(nn.GRU(24, 5, num_layers=2, batch_first=True))), (1, 3, 4, 8)),
     "recurrent cells": Kind(module(Cells), (1, 3, 4, 8)),
+    "recurrent functions": Kind(module(RecurrentFunctions), (1, 3, 4, 8)),
     "packed sequence": Kind(  # packing has no forward mode
         module(Packed), (1, 3, 4, 8), engine="double_backward", forward_mode=False, functorch=False
     ),

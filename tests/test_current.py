@@ -290,3 +290,54 @@ def test_a_model_in_training_mode_is_not_called(engine):
     assert all(model.get_buffer(name) is t and torch.equal(t, kept) for name, (t, kept) in before.items())
     model.eval()
     assert_close(*ed.response_change(0, 1e-6), torch.float64, factor=1e12)
+
+
+def freed() -> torch.Tensor:
+    tensor = torch.rand(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+class Pair(torch.Tensor):
+    """As quantized weights: a tensor that does its operations itself."""
+
+    @staticmethod
+    def __new__(cls, one):
+        return torch.Tensor._make_wrapper_subclass(cls, one.shape, dtype=one.dtype)
+
+    def __init__(self, one):
+        self.one = one
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return cls(func(*(a.one if isinstance(a, cls) else a for a in args), **(kwargs or {})))
+
+
+OPAQUE = {
+    "lazy": nn.parameter.UninitializedParameter,
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
+    "nested, jagged": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+    "wrapper": lambda: Pair(torch.rand(3)),
+    "without memory": freed,
+    "half complex": lambda: torch.ones(3, dtype=torch.complex32),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:ComplexHalf:UserWarning")
+@pytest.mark.parametrize("where", ["closure", "attribute", "default"])
+@pytest.mark.parametrize("make", OPAQUE.values(), ids=OPAQUE.keys())
+def test_tensors_that_can_t_be_read_as_dense_ones(make, where):
+    """Where the model could reach them, though it doesn't use them."""
+    layer, held = nn.Conv2d(1, 2, 3), make()
+
+    class Holds(nn.Module):
+        def forward(self, x, other=held if where == "default" else None):
+            return layer(x).tanh() if where != "closure" or held is not None else x
+
+    model, image = Holds().eval(), torch.rand(1, 1, 6, 6)
+    if where == "attribute":
+        model.held = [held]
+    lin = linearize(image, model)
+    lin.check_current()
+    assert lin.engine_report[-1].startswith("traced: in use")
+    assert "of an earlier image" in linearize(image / 2, model).engine_report[-1]

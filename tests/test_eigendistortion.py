@@ -116,6 +116,22 @@ def test_thresholds_and_changes_of_the_response(seed, dtype, shape):
             np.testing.assert_allclose(*ed.response_change(i, 1e-4), rtol=2e-2 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e-200), (torch.float64, 1e300), (torch.float32, 1e37)])
+def test_changes_whose_squares_leave_the_range(dtype, size):
+    image = torch.full((4,), size, dtype=dtype)
+    gains = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=dtype)
+    ed = Eigendistortion(image, lambda x: x * gains).synthesize("exact", progress=False)
+    np.testing.assert_allclose(*ed.response_change(1, [size, -3 * size]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_from_a_large_image_is_the_scale_s_fault(dtype):
+    image = torch.tensor([0.9, 0.2], dtype=dtype) * torch.finfo(dtype).max
+    ed = Eigendistortion(image, lambda x: x * torch.tensor([1.0, 0.5], dtype=dtype)).synthesize("exact", progress=False)
+    with pytest.raises(ValueError, match=f"scale must be steps that {dtype} can hold"):
+        ed.response_change(0, torch.finfo(dtype).max / 4)
+
+
 def test_thresholds_of_what_is_not_noticed_at_all():
     ed = Eigendistortion(torch.ones(1, 4, dtype=torch.float64), lambda x: x[:, :2]).synthesize("exact", progress=False)
     np.testing.assert_array_equal(ed.detection_thresholds()[0], [1, 1, np.inf, np.inf])

@@ -151,7 +151,7 @@ def test_every_kind(name, dtype):
     assert lin.engine_report[-1].startswith(f"{ALL[name].engine}: in use"), lin.engine_report
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "recurrent cells", "packed sequence"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "recurrent cells", "recurrent functions", "packed sequence"])
 def test_recurrent_layers_as_on_an_accelerator(name, monkeypatch):
     """Where PyTorch's kernels have no derivative: the same formulas, here on a CPU."""
     monkeypatch.setattr(_Formulas, "RECURRENT_ON", "cpu")
