@@ -253,11 +253,23 @@ def parse_history(entries: list) -> list[dict[str, Any]]:
 def _entry(n_products: float, largest: list, smallest: list) -> dict[str, Any]:
     ends = {}
     for end, pair in (("largest", largest), ("smallest", smallest)):
-        values, residuals = (np.array(numbers, dtype=np.float64) for numbers in pair)
-        if values.ndim != 1 or values.shape != residuals.shape:
+        values, residuals = map(_numbers, pair)
+        if values.shape != residuals.shape:
             raise ValueError(f"an entry has {values.shape} values and {residuals.shape} residuals")
         ends[end] = values, residuals
-    return {"n_products": float(n_products)} | ends
+    return {"n_products": _numbers([n_products]).item()} | ends
+
+
+def _numbers(listed: list) -> NDArray[np.float64]:
+    if not isinstance(listed, list) or not all(type(number) in (int, float) for number in listed):
+        raise TypeError("an entry must hold numbers")
+    try:
+        numbers = np.array(listed, dtype=np.float64)
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
+    if np.isnan(numbers).any():
+        raise ValueError("an entry holds NaN")
+    return numbers
 
 
 def _check_details(text: str, method: str) -> None:

@@ -355,8 +355,10 @@ def alterations(name, x):
         "response_shape": lambda: {"another": x + 1, "negative": -x},
         "status": lambda: {"unknown": np.full(x.shape, "fine"), "of other letters": np.full(x.shape, "EIGENPAIR")},
         "details": lambda: {
-            text[:25]: np.array(text)
-            for text in ("", "[1]", "{", "[" * 100_000, '{"a":' * 100_000, "1", "9" * 5000, *WRONG_HISTORIES)
+            f"{i}: {text[:25]}": np.array(text)
+            for i, text in enumerate(
+                ("", "[1]", "{", "[" * 100_000, '{"a":' * 100_000, "1", "9" * 5000, *WRONG_HISTORIES)
+            )
         },
         "versions": lambda: {"no version": np.full(x.shape, "torch")},
     }
@@ -370,6 +372,11 @@ WRONG_HISTORIES = [
         "[1]",
         '[{"n_products": 1}]',
         '[{"n_products": 1, "largest": [[1], [1, 2]], "smallest": [[], []]}]',
+        *(
+            f'[{{"n_products": {n}, "largest": [[{value}], [1]], "smallest": [[], []]}}]'
+            for wrong in ("NaN", '"1"', "true", "null", "1" * 400)
+            for n, value in ((wrong, 1), (1, wrong))
+        ),
     )
 ]
 OPTIONAL = {"response_shape", "object", "model", "attributes"}  # which earlier versions left out
