@@ -193,7 +193,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
             raise wrong(path, name, f"must be an interval of numbers from 0, not {(low, high)}")
     if fields["lambda_min_bounds"][1] > fields["lambda_max_bounds"][1]:
         raise wrong(path, "lambda_min_bounds", "lie above those of λ_max")
-    if not np.linalg.norm(fields["response_fingerprint"]) < np.inf:
+    if not size_of(fields["response_fingerprint"]) < np.inf:
         raise wrong(path, "response_fingerprint", "must have a finite norm")
     eps = float(np.finfo(fields["eigenvectors"].dtype).eps)
     # the bound has the rounding of products in it, which an eigenvalue has not
@@ -232,6 +232,12 @@ def _check_response(path: str | os.PathLike, fields: Mapping[str, NDArray], n: i
     shape = fields["response_shape"].tolist() if "response_shape" in fields else [m]
     if math.prod(shape) != m or min(shape, default=1) < 0:
         raise wrong(path, "response_shape", f"is {tuple(shape)}, but its response_size is {m}")
+
+
+def size_of(x: NDArray[np.float64]) -> float:
+    """‖x‖₂, also where the squares of its elements leave float64's range."""
+    peak = float(np.abs(x).max(initial=0.0))
+    return peak * float(np.linalg.norm(x / peak)) if 0 < peak < np.inf else peak
 
 
 def parse_json(text: str, kind: type) -> Any:

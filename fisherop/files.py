@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fisherop
 from fisherop.atomic import replacing
-from fisherop.fields import RESULT, TEXT, Header, check_image, check_result, check_result_sizes
+from fisherop.fields import RESULT, TEXT, Header, check_image, check_result, check_result_sizes, size_of
 from fisherop.linearize import Linearization
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult, Status
@@ -201,7 +201,7 @@ def check_jacobian(path: str | os.PathLike, result: EigenResult, operator: Fishe
 def response_difference(fields: Mapping[str, NDArray], response: Tensor) -> tuple[float, float]:
     """The norm of a response minus the file's, and that of the file's, both by their fingerprints."""
     stored = fields["response_fingerprint"]
-    return float(np.linalg.norm(fingerprint(response) - stored)), float(np.linalg.norm(stored))
+    return size_of(fingerprint(response) - stored), size_of(stored)
 
 
 def same_response(fields: Mapping[str, NDArray]) -> float:

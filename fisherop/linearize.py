@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherop import checks, programs
 from fisherop.compat import attempt, prepare_recording
 from fisherop.contents import Contents
-from fisherop.current import Current
+from fisherop.current import Current, warn
 from fisherop.engines import (
     ENGINES,
     DoubleBackward,
@@ -189,6 +189,11 @@ class Linearization:
         seen, settled = examine(self._respond, self.image, before)
         self.response = seen.response.reshape(self._respond.shape)
         self._precision = max(self._precision, seen.precision)
+        if seen.has_fast_path:
+            warn(
+                "without gradients the model answers otherwise, by PyTorch's fast path for attention, which leaves out "
+                "what is padded: J is that of its response with gradients (enable_nested_tensor=False makes them one)"
+            )
         self._choose_engine(names, chunk_size, seen.bytes, settled)
         with attempt():
             decided = check_slope(

@@ -90,13 +90,14 @@ class Examined:
     """What two plain calls of a model show.
 
     `response`, flat (M,); the `bytes` of all that a call computes; the lowest `precision` of its steps, as a machine
-    epsilon; whether it calls ``.detach()``.
+    epsilon; whether it calls ``.detach()``; whether PyTorch's fast path for attention answers otherwise.
     """
 
     response: Tensor
     bytes: int
     precision: float
     detaches: bool
+    has_fast_path: bool
 
 
 def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, Guard]:
@@ -147,13 +148,27 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
             f"the model draws random numbers ({source}) that are others at every call, though the two responses "
             f"compared agree: {_CURE}"
         )
+    has_fast_path = _has_fast_path(respond.model, image, response)
     changed = settled.restore()
     if changed:
         raise ValueError(
             f"model changes its {changed[0]} at every call, so that its response depends on its history: freeze it, "
             "by model.eval() or in the model's forward"
         )
-    return Examined(response, first.bytes, first.precision, first.detaches), settled
+    return Examined(response, first.bytes, first.precision, first.detaches, has_fast_path), settled
+
+
+def _has_fast_path(model: Callable[[Tensor], Any], image: Tensor, response: Tensor) -> bool:
+    """Whether the model answers otherwise without gradients, as a TransformerEncoder does of what is padded."""
+    kinds = nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.MultiheadAttention
+    if not (isinstance(model, nn.Module) and any(isinstance(module, kinds) for module in model.modules())):
+        return False
+    with torch.no_grad():
+        plain = torch.cat([leaf.reshape(-1) for leaf in leaves(model(image.clone()))])
+    if plain.numel() != response.numel():
+        return True
+    difference, scale = (float(t.abs().max()) for t in (plain - response, response))
+    return not difference <= torch.finfo(response.dtype).eps ** 0.5 * scale
 
 
 _CURE = "remove its randomness (model.eval(), a fixed seed inside)"

@@ -513,3 +513,19 @@ def test_another_jacobian_with_the_same_response_is_refused(tmp_path):
     with pytest.raises(ValueError, match="of another model: ‖J v‖² is"):
         ed.load(path)
     assert ed.result is None and Eigendistortion(x, model).load(path).result is not None
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e160, 1e300])
+def test_responses_whose_squares_leave_the_range(tmp_path, size):
+    """A large offset, and a moderate J."""
+    gains, offset = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), torch.tensor(size, dtype=torch.float64)
+
+    def model(x):
+        return torch.cat([gains * x, offset[None] + 0 * x[:1]])
+
+    ed = Eigendistortion(torch.ones(3, dtype=torch.float64), model).synthesize(progress=False)
+    ed.save(tmp_path / "ed.npz")
+    found = Eigendistortion.from_file(tmp_path / "ed.npz", model)
+    np.testing.assert_array_equal(found.eigenvalues, ed.eigenvalues)
+    with pytest.raises(ValueError, match="another model"):
+        Eigendistortion.from_file(tmp_path / "ed.npz", lambda x: 2 * model(x))

@@ -1,4 +1,5 @@
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -450,3 +451,31 @@ def test_a_step_in_lower_precision_is_the_noise():
     truth = exact.synthesize(rng=0, progress=False).result
     assert truth.noise < 1e-14
     np.testing.assert_allclose(result.eigenvalues[0], truth.eigenvalues[0], rtol=1e-5)
+
+
+class Padded(nn.Module):
+    """Some of its tokens are padded: without gradients, PyTorch's fast path answers zero there."""
+
+    def __init__(self, nested):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested)
+
+    def forward(self, x):
+        return self.encoder(x, src_key_padding_mask=torch.tensor([[False, False, True, True]]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_fast_path_that_answers_otherwise_is_said(nested):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Padded(nested).double().eval()
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        lin = linearize(torch.linspace(0, 1, 32, dtype=torch.float64).reshape(1, 4, 8).sin(), model)
+    said = [str(w.message) for w in noted if "fast path" in str(w.message)]
+    assert len(said) == nested, [str(w.message) for w in noted]
+    with torch.no_grad():
+        plain = model(lin.image).flatten()
+    assert torch.allclose(plain, lin.response.flatten()) != nested
