@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 _MOVES = (str, int, torch.device, torch.dtype, torch.memory_format, Tensor, type(None))
@@ -163,14 +163,20 @@ def array(name: str, value: Any, shape: tuple[int | str, ...] | None = None, wha
     return found
 
 
+def operator(name: str, value: Any, what: str) -> LinearOperator:
+    """What SciPy makes a LinearOperator of, but for a tensor, of which some versions of SciPy make one that fails."""
+    if isinstance(value, Tensor):
+        refuse(TypeError, name, what, value, f"use {name}.numpy()")
+    try:
+        return aslinearoperator(value)
+    except (TypeError, ValueError):
+        refuse(TypeError, name, what, value)
+
+
 def square(name: str, value: Any, n: int) -> None:
     """An operator of shape (n, n), as SciPy takes one."""
     what = f"a matrix or a LinearOperator of shape ({n}, {n})"
-    try:
-        shape = aslinearoperator(value).shape
-    except (TypeError, ValueError):
-        refuse(TypeError, name, what, value)
-    if shape != (n, n):
+    if operator(name, value, what).shape != (n, n):
         refuse(ValueError, name, what, value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -32,10 +32,7 @@ def check_adjoint(
     AssertionError
         The sides differ by more; the message says by how much.
     """
-    try:
-        operator = aslinearoperator(operator)
-    except TypeError:
-        checks.refuse(TypeError, "operator", "a LinearOperator, or what SciPy makes one of", operator)
+    operator = checks.operator("operator", operator, "a LinearOperator, or what SciPy makes one of")
     if np.dtype(operator.dtype).kind not in "iufc":
         checks.refuse(TypeError, "operator", "of real or complex numbers", operator.dtype)
     dtype = np.result_type(operator.dtype, np.float32)

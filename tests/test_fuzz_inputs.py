@@ -113,7 +113,8 @@ RIGHT = {
         "tensor with gradient",
         "sparse",
         "empty tensor",
-    },  # whose device and dtype is meant
+    }  # whose device and dtype is meant
+    | ({"0"} if torch.cuda.is_available() else set()),  # the first GPU
     "tol": {"None"},
     "vrange": {"None", "integers"},
     "which": {"None"},
