@@ -19,6 +19,14 @@ SIGMA = np.r_[3.5, 3.5, np.linspace(3, 1, 115), 0.3, 0.3, 0.2]
 MATRIX = matrix_with_singular_values(SIGMA, 130, 120)
 
 
+@pytest.fixture(autouse=True)
+def sigint_as_python_has_it():
+    """A shell starts what runs in the background with SIGINT ignored, and so would be what is started here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def distortion():
     return Eigendistortion(torch.linspace(0, 1, 120, dtype=torch.float64), linear_model(MATRIX))
 
