@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherop.guard import _names
+from fisherop.guard import _names, root
 from fisherop.sparse import is_opaque, parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
@@ -112,7 +112,7 @@ class Contents:
                 return (kind, _short(repr(items))), []
             return (kind, len(items)), [*((f"[{i}]", x) for i, x in enumerate(items)), *self._of_object(here)]
         if isinstance(here, types.FunctionType):
-            return (id(here.__code__), _root(here)), self._of_function(here)
+            return (id(here.__code__), root(here)), self._of_function(here)
         if isinstance(here, functools.partial):
             return kind, [("func", here.func), ("args", here.args), ("keywords", here.keywords)]
         if isinstance(here, types.MethodType):
@@ -146,20 +146,20 @@ class Contents:
         for name, cell in zip(free, here.__closure__ or (), strict=True):
             for value in _cell(cell):
                 yield name, value
-        if _root(here) in _FOREIGN:
+        if root(here) in _FOREIGN:
             return
         yield "defaults", (here.__defaults__, here.__kwdefaults__)
         names = list(_names(here.__code__))
         for name in names:
             value = here.__globals__.get(name)
-            if isinstance(value, types.ModuleType) and _root(value) not in _FOREIGN:
+            if isinstance(value, types.ModuleType) and root(value) not in _FOREIGN:
                 yield from ((f"{name}.{n}", vars(value)[n]) for n in names if n in vars(value))
             elif value is not None:
                 yield name, value
 
     def _of_object(self, here: Any) -> Iterator[tuple[str, Any]]:
         is_module = isinstance(here, nn.Module)
-        if _root(here) not in _FOREIGN:
+        if root(here) not in _FOREIGN:
             yield "<class>", type(here)
         elif not is_module and not isinstance(here, types.SimpleNamespace | argparse.Namespace):
             return  # what libraries keep for themselves
@@ -183,7 +183,7 @@ def _of_class(here: type) -> Iterator[tuple[str, Any]]:
     """A class's own attributes; of a module's, which may be many, those that a forward pass names."""
     own: dict[str, Any] = {}
     for cls in reversed(here.__mro__):
-        if _root(cls) not in _FOREIGN:
+        if root(cls) not in _FOREIGN:
             own |= {name: x for name, x in vars(cls).items() if name == "__call__" or not name.startswith("__")}
     if not issubclass(here, nn.Module):
         yield from own.items()
@@ -196,14 +196,6 @@ def _of_class(here: type) -> Iterator[tuple[str, Any]]:
             yield name, own[name]
             code = getattr(own[name], "__code__", None) or getattr(getattr(own[name], "fget", None), "__code__", None)
             wanted += [] if code is None else _names(code)
-
-
-def _root(here: Any) -> str:
-    """The top-level package of a function, a class, a module, or of an object's class."""
-    if isinstance(here, types.ModuleType):
-        return here.__name__.split(".")[0]
-    source = here if isinstance(here, types.FunctionType | type) else type(here)
-    return (getattr(source, "__module__", None) or "").split(".")[0]
 
 
 def _cell(cell: types.CellType) -> list[Any]:

@@ -49,7 +49,7 @@ class Guard:
         self._tensors: dict[int, _Kept] = {}
         self._generators: list[tuple[Any, Any]] = []
         earlier = {} if like is None else like._tensors
-        roots = {_root(model)}  # of the libraries whose objects belong to the model
+        roots = {root(model)}  # of the libraries whose objects belong to the model
         seen: dict[int, Any] = {}  # holds what it has seen, so that no id is used twice
         stack: list[tuple[Any, bool]] = [(model, False)]
         if isinstance(model, nn.Module):  # those of a scripted module are in no attribute
@@ -66,7 +66,7 @@ class Guard:
                 self._generators.append((here, _state(here)))
             else:
                 if isinstance(here, nn.Module | types.FunctionType):
-                    roots.add(_root(here))
+                    roots.add(root(here))
                 content = _content(here)
                 if content is not None:
                     self._containers.append((here, content, own))
@@ -146,10 +146,13 @@ class _Kept:
         return changed
 
 
-def _root(here: Any) -> str:
-    """The top-level package of a function's or an object's class."""
-    source = here if isinstance(here, types.FunctionType) else type(here)
-    return (getattr(source, "__module__", None) or "").split(".")[0]
+def root(here: Any) -> str:
+    """The top-level package of a function, a class, a module, or of an object's class."""
+    if isinstance(here, types.ModuleType):
+        return here.__name__.split(".")[0]
+    source = here if isinstance(here, types.FunctionType | type) else type(here)
+    module = getattr(source, "__module__", None)
+    return module.split(".")[0] if isinstance(module, str) else ""  # Cython's functions have a descriptor there
 
 
 def _content(here: Any) -> Any:
@@ -183,11 +186,11 @@ def _within(here: Any, content: Any, roots: set[str]) -> Iterable[Any]:
         return here.__self__, here.__func__
     if isinstance(here, types.FunctionType):
         closure = here.__closure__ or ()
-        if _root(here) in _FOREIGN:
+        if root(here) in _FOREIGN:
             return closure
         named = [here.__globals__.get(name) for name in _names(here.__code__)]
         return *closure, here.__defaults__, here.__kwdefaults__, *(x for x in named if _may_be_held(x))
-    if isinstance(here, nn.Module) or (_root(here) in roots - _FOREIGN and hasattr(here, "__dict__")):
+    if isinstance(here, nn.Module) or (root(here) in roots - _FOREIGN and hasattr(here, "__dict__")):
         return (vars(here),)
     return ()
 
@@ -195,7 +198,7 @@ def _within(here: Any, content: Any, roots: set[str]) -> Iterable[Any]:
 def _may_be_held(value: Any) -> bool:
     """Whether a global that a function names may be a part of the model."""
     if isinstance(value, types.FunctionType):
-        return _root(value) not in _FOREIGN
+        return root(value) not in _FOREIGN
     kinds = (nn.Module, Tensor, types.MethodType, functools.partial, dict, list, tuple, *_GENERATORS)
     return isinstance(value, kinds)
 

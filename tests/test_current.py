@@ -320,13 +320,14 @@ OPAQUE = {
     "wrapper": lambda: Pair(torch.rand(3)),
     "without memory": freed,
     "half complex": lambda: torch.ones(3, dtype=torch.complex32),
+    "function of Cython's": lambda: np.random.RandomState.set_state,
 }
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:ComplexHalf:UserWarning")
 @pytest.mark.parametrize("where", ["closure", "attribute", "default"])
 @pytest.mark.parametrize("make", OPAQUE.values(), ids=OPAQUE.keys())
-def test_tensors_that_can_t_be_read_as_dense_ones(make, where):
+def test_what_can_t_be_read_like_other_things(make, where):
     """Where the model could reach them, though it doesn't use them."""
     layer, held = nn.Conv2d(1, 2, 3), make()
 

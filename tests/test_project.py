@@ -13,9 +13,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
-    "undisturbed",
     "checks",
     "compat",
+    "undisturbed",
     "places",
     "nodes",
     "sparse",

@@ -85,7 +85,8 @@ def test_eigenvalues_go_with_the_square_of_the_scale(matrix, dtype, part, method
     options = {"method": method, "rng": seed, "maxiter": 500, "tol": 1e-5}
     plain, scaled = (outcome(linear_operator(a, dtype), min(k, n), which, **options) for a in (matrix, factor * matrix))
     assert_same_but_for_scale(scaled, plain, factor, dtype)
-    assert abs(scaled.n_products - plain.n_products) <= 2  # a BLAS may round otherwise, by where an array lies
+    few = max(2, 0.1 * plain.n_products)  # a BLAS may round otherwise, by where an array lies
+    assert abs(scaled.n_products - plain.n_products) <= few
 
 
 @pytest.mark.parametrize(("dtype", "power"), POWERS)
