@@ -74,19 +74,19 @@ def differentiable() -> Iterator[None]:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    eager = contextlib.nullcontext()
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        eager = _quiet(torch.compiler.set_stance("force_eager"))
     try:
-        with sdpa_kernel(SDPBackend.MATH), eager, _Formulas(), _checkpoints():
+        with sdpa_kernel(SDPBackend.MATH), uncompiled(), _Formulas(), _checkpoints():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextlib.contextmanager
-def _quiet(eager: contextlib.AbstractContextManager) -> Iterator[None]:
-    """2.12 warns that what was compiled with ``fullgraph=True`` isn't, though it has been told so."""
+def uncompiled() -> Iterator[None]:
+    """What `torch.compile` wraps runs as it is; 2.12 would warn of it, where that was to be with ``fullgraph=True``."""
+    eager = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        eager = torch.compiler.set_stance("force_eager")
     with eager, warnings.catch_warnings() if VERSION == (2, 12) else contextlib.nullcontext():
         if VERSION == (2, 12):
             warnings.filterwarnings("ignore", "torch.compile with fullgraph=True found no compiled frames")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherop import checks
-from fisherop.compat import differentiable
+from fisherop.compat import differentiable, uncompiled
 from fisherop.draws import Watch, another_seed
 from fisherop.guard import Guard
 from fisherop.sparse import SparseProducts
@@ -163,7 +163,7 @@ def _has_fast_path(model: Callable[[Tensor], Any], image: Tensor, response: Tens
     kinds = nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.MultiheadAttention
     if not (isinstance(model, nn.Module) and any(isinstance(module, kinds) for module in model.modules())):
         return False
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         plain = torch.cat([leaf.reshape(-1) for leaf in leaves(model(image.clone()))])
     if plain.numel() != response.numel():
         return True

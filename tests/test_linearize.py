@@ -479,3 +479,12 @@ def test_a_fast_path_that_answers_otherwise_is_said(nested):
     with torch.no_grad():
         plain = model(lin.image).flatten()
     assert torch.allclose(plain, lin.response.flatten()) != nested
+
+
+def test_attention_that_is_compiled_is_not_compiled_here():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    linearize(torch.rand(1, 4, 8), torch.compile(nn.TransformerEncoderLayer(8, 2, 16).eval(), backend=counter))
+    assert counter.frame_count == 0
