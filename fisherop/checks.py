@@ -256,7 +256,7 @@ def moved(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def generator(rng: Any) -> np.random.Generator:
     what = "a seed, an integer from 0, or a Generator by numpy.random.default_rng"
-    if isinstance(rng, bool | np.bool_):
+    if isinstance(rng, bool | np.bool_ | np.random.RandomState):
         refuse(TypeError, "rng", what, rng)
     try:
         return np.random.default_rng(rng)
