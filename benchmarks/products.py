@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherop import LayerResponse, linearize
-from fisherop.compat import differentiable
+from fisherop.model.compat import differentiable
 from fisherop.testing import count_flops
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))

@@ -1,15 +1,17 @@
 """Extreme eigenvectors of the Fisher information of any PyTorch model at an image, with certificates."""
 
+from fisherop.certificate import certify
 from fisherop.eigendistortion import Eigendistortion
-from fisherop.layers import LayerResponse
-from fisherop.linearize import Linearization, linearize
+from fisherop.model.layers import LayerResponse
+from fisherop.model.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
-from fisherop.result import ConvergenceError, EigenResult, SolverStopped, Status, certify
-from fisherop.solvers import eigenpairs
+from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
+from fisherop.solve import eigenpairs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "ConvergenceError",
     "EigenResult",
     "Eigendistortion",

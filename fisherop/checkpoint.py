@@ -27,7 +27,7 @@ from fisherop.fields import (
     wrong,
 )
 from fisherop.files import fingerprint, response_difference, same_response, unpack, write
-from fisherop.linearize import Linearization
+from fisherop.model.linearize import Linearization
 from fisherop.result import ConvergenceError, EigenResult
 
 _RARELY = 20  # times what the last write took, at least, until the next
@@ -166,7 +166,9 @@ class Checkpoint:
             kept, self.kept = self.kept, None
             _restore(search, kept)
             error, size = _mismatch(search)
-            if not error <= max(search.space.eps, search.lin.mismatch) ** 0.5 * size:
+            # what is more than rounding, and more than the tolerance leaves, would refute in the end what is found
+            rounding = max(search.space.eps, search.lin.mismatch)
+            if not error <= min(rounding**0.5, max(100 * rounding, float(self.asked["tol"]) / 10)) * size:
                 raise self._refusal(
                     f"{self.path} is of another model: F times a vector differs by {error:.2g} from what it says"
                 )
@@ -214,17 +216,22 @@ def keeping(
     if path is None:
         yield method
         return
-    if callable(method) or method not in ("auto", "golub_kahan"):
+    if not isinstance(method, str) or method not in ("auto", "golub_kahan"):
         raise ValueError(f"checkpoint needs method='golub_kahan' or 'auto', got {method!r}: leave checkpoint out")
     for name in ("v0", "orthogonal_to"):
         if options.get(name) is not None:
             raise ValueError(f"checkpoint can't be combined with {name}: leave one of them out")
     checkpoint = state["checkpoint"] = Checkpoint(path, seconds, asked)
+    before = state.get("result")
     try:
         yield "golub_kahan"
         checkpoint.remove_after(state["result"])
     except ConvergenceError as error:
         checkpoint.remove_after(error.result)
+        raise
+    except KeyboardInterrupt:  # maybe while its answer was certified
+        if state["result"] is not None and state["result"] is not before:
+            checkpoint.remove_after(state["result"])
         raise
     finally:
         state.pop("checkpoint", None)  # another thread may have taken it

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -271,3 +273,11 @@ def spawned(rng: Any) -> np.random.Generator:
         return rng.spawn(1)[0]
     except TypeError:  # of a bit generator that was made of a state
         refuse(TypeError, "rng", "a seed, or a Generator that can spawn others", rng, "make it by default_rng(seed)")
+
+
+def warn(message: str) -> None:
+    """As from the line that called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fisherop import checks
 from fisherop.checkpoint import keeping
 from fisherop.files import _checksum, check_jacobian, check_same, contents, read, result_from, write  # noqa: F401, where it once was
+from fisherop.model.pickles import BuiltAnew
 from fisherop.operators import FisherOperator
-from fisherop.pickles import BuiltAnew
+from fisherop.progress import progress_bar
 from fisherop.result import EigenResult
-from fisherop.solvers import eigenpairs, progress_bar, transfer
+from fisherop.solve import eigenpairs, transfer
 from fisherop.thresholds import amplitudes_at_threshold, change_along
 
 
@@ -143,15 +144,16 @@ class Eigendistortion(BuiltAnew):
         """
         if tol is not None and stop_criterion is not None:
             raise ValueError(f"tol={tol!r} and stop_criterion={stop_criterion!r} mean the same: give one of them")
-        for name in {"maxiter", "state"} & options.keys():
-            raise TypeError(f"synthesize has no option {name!r}: it has max_iter, and a state of its own")
+        name = method if isinstance(method, str) else None
+        for option in {"maxiter", "state"} & options.keys():
+            raise TypeError(f"synthesize has no option {option!r}: it has max_iter, and a state of its own")
         max_iter = checks.integer("max_iter", max_iter, 1, 2**31 - 1, optional=True)
         tolerance = next(t for t in (tol, stop_criterion, 1e-6) if t is not None)
         options |= {name: value for name, value in (("p", p), ("q", q)) if value is not None}
         if k is None:
-            k = self.operator.shape[0] if method == "exact" else 1
+            k = self.operator.shape[0] if name == "exact" else 1
         if which is None:
-            which = "largest" if method == "randomized_svd" else "both"
+            which = "largest" if name == "randomized_svd" else "both"
         self._state |= {"linearization": self.operator.linearization, "result": self.result}
         asked = {"k": k, "which": which, "tol": tolerance}
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
-from fisherop.result import Status, check_index, check_orthonormal
+from fisherop.certificate import check_index, check_orthonormal
+from fisherop.result import Evidence, Nullity, Status
 
 TEXT = "text"
 _FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
@@ -56,7 +58,8 @@ RESULT: dict[str, Field] = _K_FIELDS | {
     "lambda_max_bounds": Field(_FLOAT, (2,)),
     "lambda_min_bounds": Field(_FLOAT, (2,)),
     "noise": Field(_FLOAT),
-    "ground": Field(TEXT),
+    "ground": Field(TEXT, is_optional=True),  # of earlier versions, which had no evidence
+    "evidence": Field(TEXT, is_optional=True),
     "details": Field(TEXT, most_bytes=2**28),
     "response_fingerprint": Field(_FLOAT, (256,)),
     "response_shape": Field(_INT, (None,), is_optional=True),
@@ -182,11 +185,15 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         "eigenindex": lambda index: _check_stored_index(index, n),
         "eigenvectors": lambda v: check_orthonormal(v, np.finfo(v.dtype).eps),
         "details": lambda text: _check_details(text.item(), fields["method"].item()),
+        "evidence": lambda text: parse_evidence(text.item()),
     }.items():
         try:
-            check(fields[name])
+            if name in fields:
+                check(fields[name])
         except (ValueError, TypeError) as error:
             raise wrong(path, name, f"can't be right: {error}") from error
+    if not {"evidence", "ground"} & fields.keys():
+        raise ValueError(f"{path} is damaged or was altered: it lacks evidence")
     for name in ("lambda_max_bounds", "lambda_min_bounds"):
         low, high = fields[name].tolist()
         if not (0 <= low <= high and low < np.inf):
@@ -278,8 +285,35 @@ def _numbers(listed: list) -> NDArray[np.float64]:
     return numbers
 
 
-def _check_details(text: str, method: str) -> None:
+def parse_evidence(text: str) -> Evidence:
+    """What `dataclasses.asdict` made of it, in JSON; ValueError or TypeError for whatever else is there."""
+    evidence = Evidence(**parse_json(text, dict))
+    for field in dataclasses.fields(Evidence):
+        value, kind = getattr(evidence, field.name), type(field.default if field.name != "source" else "")
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise TypeError(f"its {field.name} must be of type {kind.__name__}, not {value!r}")
+        if kind in (int, float) and not 0 <= value < math.inf:
+            raise ValueError(f"its {field.name} must be a number from 0, not {value!r}")
+    try:
+        str(evidence)
+    except KeyError as error:
+        raise ValueError(f"its source can't be {error}") from error
+    return evidence
+
+
+def parse_details(text: str) -> dict[str, Any]:
+    """Details, in JSON, with the nullity as what it was."""
     details = parse_json(text, dict)
+    if isinstance(details.get("nullity"), dict):
+        numbers = details["nullity"]
+        if numbers.keys() != {"estimate", "standard_error"}:
+            raise ValueError(f"its nullity has {', '.join(numbers)}")
+        details["nullity"] = Nullity(*_numbers([numbers["estimate"], numbers["standard_error"]]).tolist())
+    return details
+
+
+def _check_details(text: str, method: str) -> None:
+    details = parse_details(text)
     if method == "golub_kahan":  # that of a solver of the user's may be anything
         parse_history(details.get("history", []))
 

@@ -20,10 +20,20 @@ from torch import Tensor
 
 import fisherop
 from fisherop.atomic import replacing
-from fisherop.fields import RESULT, TEXT, Header, check_image, check_result, check_result_sizes, size_of
-from fisherop.linearize import Linearization
+from fisherop.fields import (
+    RESULT,
+    TEXT,
+    Header,
+    check_image,
+    check_result,
+    check_result_sizes,
+    parse_details,
+    parse_evidence,
+    size_of,
+)
+from fisherop.model.linearize import Linearization
 from fisherop.operators import FisherOperator
-from fisherop.result import EigenResult, Status
+from fisherop.result import EigenResult, Evidence, Nullity, Status
 
 _FORMAT = 1  # the highest that is read
 _PART = 2**16  # elements of a response at a time
@@ -256,11 +266,14 @@ def _result_to(result: EigenResult) -> dict[str, ArrayLike]:
     }
     fields |= {name: np.asarray(fields[name], dtype) for name, dtype in numbers.items()}
     fields["status"] = result.status.astype(str)
-    fields["details"] = json.dumps(dict(result.details), default=_to_list)
+    fields["details"] = json.dumps(dict(result.details), default=_to_json)
+    fields["evidence"] = json.dumps(dataclasses.asdict(result.evidence))
     return fields
 
 
-def _to_list(x: Any) -> Any:
+def _to_json(x: Any) -> Any:
+    if isinstance(x, Nullity):
+        return dataclasses.asdict(x)
     if isinstance(x, np.ndarray | np.generic | Tensor):
         return x.tolist()
     raise TypeError(
@@ -271,12 +284,16 @@ def _to_list(x: Any) -> Any:
 
 def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
     """The result that `contents` took apart."""
-    fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult)}
+    fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult) if field.name in arrays}
     fields = {name: a if a.ndim else a.item() for name, a in fields.items()}
     for name in ("lambda_max_bounds", "lambda_min_bounds"):
         fields[name] = tuple(fields[name].tolist())
     fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
-    fields["details"] = json.loads(fields["details"])
+    fields["details"] = parse_details(fields["details"])
+    if "evidence" in fields:
+        fields["evidence"] = parse_evidence(fields["evidence"])
+    else:  # earlier versions of fisherop wrote the words alone
+        fields["evidence"] = Evidence("stated", text=arrays["ground"].item())
     fields["eigenindex"] = fields["eigenindex"].astype(np.intp)
     return EigenResult(**fields)
 

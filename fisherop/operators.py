@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
-from fisherop.linearize import Linearization, linearize
+from fisherop.model.linearize import Linearization, linearize
 
 _DENSE_BYTES = 2**31
 _BATCHES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18)  # SciPy multiplies stacks of vectors, matrices

@@ -18,7 +18,7 @@ from fisherop.eigendistortion import Eigendistortion
 from fisherop.files import name_of, read, response_difference, result_from, same_response, versions
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult
-from fisherop.solvers import transfer
+from fisherop.solve import transfer
 
 _OWN_TYPES = {"fisherop.eigendistortion.Eigendistortion", "fisherop.plenoptic.Eigendistortion"}
 

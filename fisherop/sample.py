@@ -1,4 +1,4 @@
-"""What random vectors tell of J and F: their size, the noise of products, and how far the spectrum reaches."""
+"""What two random vectors tell of J: how large it is, and how exact its products are."""
 
 from __future__ import annotations
 
@@ -80,41 +80,6 @@ class Sample:
         j_x, j_y = (2.0**self.exponent * z for z in (self.j_x, self.j_y))
         errors = np.linalg.norm(j_sums - np.vstack([j_x, j_leading.T]) - j_y, axis=1)
         return max(float(errors.max() / sigma_max), jacobian.linearization.mismatch)
-
-
-def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> tuple[float, float]:
-    """Extreme Ritz values of F after some Lanczos steps from `start`, beside what was found; (inf, 0) after none.
-
-    Each is the Rayleigh quotient of a vector orthogonal to `found`, so no bound on F's spectrum can contradict it.
-    """
-
-    def orthogonalize(w: NDArray, count: int) -> NDArray:
-        for _ in range(2):
-            w = w - found @ (found.T @ w)
-            w = w - basis[:, :count] @ (basis[:, :count].T @ w)
-        return w
-
-    n = operator.shape[0]
-    eps = np.finfo(np.float64).eps
-    basis = np.empty((n, steps), operator.dtype)
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    w = orthogonalize(start, 0)
-    for j in range(steps):
-        basis[:, j] = w / np.linalg.norm(w)
-        image = (operator @ basis[:, j]).astype(np.float64)
-        diagonal.append(float(basis[:, j] @ image))
-        w = orthogonalize(image, j + 1)
-        length = np.linalg.norm(w)
-        if length <= eps * np.linalg.norm(image):
-            break  # the Krylov space is exhausted; what is only rounding in float32 may still hold a direction beyond
-        w = orthogonalize(w / length, j + 1)
-        off_diagonal.append(float(w @ image / np.linalg.norm(w)))
-    if not diagonal:
-        return np.inf, 0.0
-    off = off_diagonal[: len(diagonal) - 1]
-    ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0)
 
 
 def _norm(x: NDArray[np.float64]) -> float:

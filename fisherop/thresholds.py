@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fisherop.model.slopes import norm
 from fisherop.operators import FisherOperator
 from fisherop.result import EigenResult
-from fisherop.slopes import norm
 
 
 def amplitudes_at_threshold(result: EigenResult) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from fisherop.compat import VERSION
+from fisherop.model.compat import VERSION
 
 GREY, COLOUR = (1, 1, 16, 16), (1, 3, 8, 8)
 

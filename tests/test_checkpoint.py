@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from helpers import DTYPES
 
 import fisherop.checkpoint
+import fisherop.solve
 from fisherop import ConvergenceError, Eigendistortion
 from fisherop.files import _checksum
 from fisherop.testing import linear_model, matrix_with_singular_values
@@ -106,6 +108,7 @@ import torch
 torch.set_num_threads(1)
 sys.path[:0] = [sys.argv[1]]
 import fisherop.checkpoint
+import fisherop.solve
 from test_checkpoint import distortion
 fisherop.checkpoint._RARELY = 1  # for a disk that is slow beside these products
 ed = distortion()
@@ -144,6 +147,50 @@ def test_an_interrupt_leaves_the_file_as_it_is_then(tmp_path):
     with np.load(path) as archive:
         assert abs(archive["spent"] - 15) <= 1
     assert cost(distortion(), checkpoint=path) <= total - 14 + 1 and spent > 15
+
+
+def test_an_interrupt_where_the_file_can_not_be_written(tmp_path):
+    """Ctrl-C stays Ctrl-C, and what was found is certified."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    ed = distortion()
+    lin, start = ed.operator.linearization, ed.operator.n_products
+
+    def on_product(_):
+        if lin.n_products - start >= 15:
+            lin.on_product = None
+            shutil.rmtree(folder)
+            raise KeyboardInterrupt
+
+    lin.on_product = on_product
+    with pytest.warns(RuntimeWarning, match="could not be written to its checkpoint"), pytest.raises(KeyboardInterrupt):
+        ed.synthesize(rng=0, progress=False, checkpoint=folder / "search.npz", checkpoint_seconds=1000)
+    assert len(ed.result.eigenvalues) == 2
+    assert ed.synthesize(progress=False).result.converged.all()
+
+
+def test_an_interrupt_while_the_answer_is_certified_removes_the_file(tmp_path, monkeypatch):
+    path, ed, certify = tmp_path / "search.npz", distortion(), fisherop.solve.certify
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fisherop.solve, "certify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ed.synthesize(rng=0, progress=False, checkpoint=path, checkpoint_seconds=0)
+    assert ed.result.converged.all() and not path.exists() and fisherop.solve.certify is certify
+
+
+def test_a_model_that_differs_by_more_than_the_tolerance_leaves(tmp_path):
+    """In float32 too: its search would be refuted in the end, and its file be gone."""
+    path = tmp_path / "search.npz"
+    with pytest.raises(ConvergenceError):
+        distortion(torch.float32).synthesize(max_iter=8, tol=1e-5, rng=0, progress=False, checkpoint=path)
+    other = MATRIX * (1 + 1e-4 * np.random.default_rng(0).standard_normal(MATRIX.shape))
+    with pytest.raises(ValueError, match="of another model: F times a vector differs by"):
+        distortion(torch.float32, other).synthesize(tol=1e-5, progress=False, checkpoint=path)
+    assert path.exists()
 
 
 def test_too_few_iterations_leave_it_and_the_end_removes_it(tmp_path):

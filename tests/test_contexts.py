@@ -11,9 +11,10 @@ import torch
 from helpers import small_image, small_model
 from test_interrupts import settings
 
-from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize, undisturbed
-from fisherop.compat import compute_exactly
-from fisherop.engines import ENGINES
+from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize
+from fisherop.model import undisturbed
+from fisherop.model.compat import compute_exactly
+from fisherop.model.engines import ENGINES
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from fisherop import (
     certify,
     eigenpairs,
     linearize,
-    programs,
 )
-from fisherop.engines import ENGINES
+from fisherop.model import programs
+from fisherop.model.engines import ENGINES
 
 GAIN = 1.0
 SETTINGS = {"gain": 1.0}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from fisherop import linearize, programs
-from fisherop.engines import ENGINES, Traced
+from fisherop import linearize
+from fisherop.model import programs
+from fisherop.model.engines import ENGINES, Traced
 from fisherop.testing import count_flops
 
 

@@ -353,6 +353,12 @@ def alterations(name, x):
         "image_size": lambda: {"another": x + 1},
         "response_size": lambda: {"zero": x * 0},
         "response_shape": lambda: {"another": x + 1, "negative": -x},
+        "evidence": lambda: {
+            "no JSON": np.array("because"),
+            "unknown": np.array('{"source": "hearsay"}'),
+            "of a wrong type": np.array('{"source": "krylov", "chance": "small"}'),
+            "more": np.array('{"source": "krylov", "why": 1}'),
+        },
         "status": lambda: {"unknown": np.full(x.shape, "fine"), "of other letters": np.full(x.shape, "EIGENPAIR")},
         "details": lambda: {
             f"{i}: {text[:25]}": np.array(text)
@@ -417,6 +423,15 @@ def test_every_wrong_field_is_named(tmp_path, dtype):
     with pytest.raises(ValueError, match="unknown field 'more'"):
         ed.load(path)
     assert seen > 150
+
+
+def test_what_an_earlier_version_gave_as_ground(saved):
+    fields = fields_of(saved)
+    evidence = fields.pop("evidence")
+    put(saved, fields | {"ground": np.array("extreme Ritz pairs")})
+    result = linear().load(saved).result
+    assert result.ground == "extreme Ritz pairs" and result.evidence.source == "stated"
+    assert json.loads(evidence.item())["source"] == "krylov"
 
 
 def test_a_status_that_its_numbers_refute(saved):

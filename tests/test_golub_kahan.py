@@ -194,12 +194,12 @@ def test_exhausted_spaces(sigma, m, n, k, dtype):
 
 
 def test_the_ground_names_a_second_start_only_where_there_was_one():
-    second = "and of another from random vectors orthogonal to them"
     apart = np.r_[3, 2.5, np.linspace(2, 1, 296), 0.5, 0.3]
-    assert second in solve(diagonal(apart), 2).ground
-    assert second not in solve(diagonal(np.ones(40)), 2).ground  # whatever is missed has the same eigenvalue
-    assert second not in solve(diagonal(apart), 1).ground
-    assert second not in solve(diagonal(np.linspace(2, 1, 40)), 2).ground  # which took all 40 steps
+    probed = solve(diagonal(apart), 2)
+    assert probed.evidence.is_probed and "and of another from random vectors orthogonal to them" in probed.ground
+    assert not solve(diagonal(np.ones(40)), 2).evidence.is_probed  # whatever is missed has the same eigenvalue
+    assert not solve(diagonal(apart), 1).evidence.is_probed
+    assert not solve(diagonal(np.linspace(2, 1, 40)), 2).evidence.is_probed  # which took all 40 steps
 
 
 @pytest.mark.parametrize("k", [2, 5])
@@ -306,9 +306,10 @@ def test_memory_stays_within_the_budget_and_a_fifth():
 
 def test_nullity_is_estimated_with_its_error():
     sigma = np.r_[np.linspace(2, 1, 150), np.zeros(50)]
-    details = solve(diagonal(sigma)).details["nullity"]
-    count, deviation = (float(x) for x in details.removeprefix("about ").split(" eigen")[0].split(" ± "))
-    assert abs(count - 50) <= 4 * deviation and 5 <= deviation <= 20
+    result = solve(diagonal(sigma))
+    nullity = result.details["nullity"]
+    assert abs(nullity.estimate - 50) <= 4 * nullity.standard_error and 5 <= nullity.standard_error <= 20
+    assert f"nullity: about {nullity.estimate:.3g} ± {nullity.standard_error:.1g} eigenvalues" in str(result)
 
 
 def test_interrupt_leaves_a_certified_result_and_goes_on_from_it():
@@ -401,7 +402,7 @@ def test_what_was_stopped_is_not_taken_for_the_answer():
     stopped = state["result"]
     assert stopped.converged.all() and "was interrupted" in stopped.details["stopped"]
     result = solve(operator, 2, max_basis=290, state=state)
-    assert "another from random vectors orthogonal to them" in result.ground and "stopped" not in result.details
+    assert result.evidence.is_probed and "stopped" not in result.details
 
 
 def test_more_tol_than_was_looked_for_is_no_proof_of_less():
@@ -501,8 +502,8 @@ def test_two_that_blend_in_one_pair():
     for seed in range(60):
         result = solve(diagonal(np.sqrt(np.r_[1, 1 - 2e-5, np.linspace(0.3, 0.1, 298)])), 1, "largest", rng=seed)
         wrong += result.eigenvalues[0] < 1 - 4e-6
-        assert "is missed with a chance of at most " in result.ground
-        chances.append(float(result.ground.split("a chance of at most ")[1].split(";")[0]))
+        chances.append(result.evidence.chance)
+        assert f"is missed with a chance of at most {chances[-1]:.1g}" in result.ground
     assert max(chances) <= 0.3 and wrong <= 4  # 2 of 60 expected of the worst
 
 

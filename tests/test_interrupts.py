@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop import linearize
-from fisherop.engines import ENGINES
+from fisherop.model.engines import ENGINES
 
 
 class Layers(nn.Module):

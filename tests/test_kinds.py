@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unharmed import check_unharmed, respond, state, tensors_in
 
 from fisherop import linearize
-from fisherop.compat import _Formulas
+from fisherop.model.compat import _Formulas
 
 ALL = KINDS | THEIRS
 BY_HAND = [  # engines named, in float64

@@ -10,7 +10,7 @@ from torch import nn
 
 import fisherop
 from fisherop import FisherOperator, linearize
-from fisherop.engines import ENGINES
+from fisherop.model.engines import ENGINES
 
 
 def dense(model, x):

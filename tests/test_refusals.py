@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unharmed import check_unharmed, respond, state
 
 from fisherop import linearize
-from fisherop.engines import ENGINES
+from fisherop.model.engines import ENGINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")  # PyTorch's own
 

@@ -8,7 +8,7 @@ from helpers import DTYPES, linear_operator, matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherop import ConvergenceError, SolverStopped, Status, certify
+from fisherop import Answer, ConvergenceError, SolverStopped, Status, certify
 from fisherop.testing import matrix_with_singular_values
 
 SIGMA = np.r_[5.0, 4.0, np.linspace(3, 1, 26), 0.5, 0.1]
@@ -158,8 +158,8 @@ def test_results_and_errors_travel_between_processes():
         assert list(travelled.status) == list(result.status) and travelled.converged.all()
     error = pickle.loads(pickle.dumps(ConvergenceError("message", result)))
     assert str(error) == "message" and str(error.result) == str(result)
-    stopped = pickle.loads(pickle.dumps(SolverStopped("message", v[:, :1], v[:, :0])))
-    assert str(stopped) == "message" and stopped.largest.shape == (30, 1)
+    stopped = pickle.loads(pickle.dumps(SolverStopped("message", Answer(v[:, :1], v[:, :0]))))
+    assert str(stopped) == "message" and stopped.answer.largest.shape == (30, 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from helpers import DEVICES, DTYPES, ITERATIVE, METHODS, linear_operator, matric
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fisherop
+import fisherop.progress
 from fisherop import ConvergenceError, FisherOperator, JacobianOperator, Status, eigenpairs
 from fisherop.testing import matrix_with_singular_values
 
@@ -308,7 +308,7 @@ def test_power_makes_one_product_an_iteration():
 @pytest.mark.parametrize("method", ITERATIVE)
 def test_progress_bar_counts_products(method, capsys, monkeypatch):
     at_once = {"delay": 0, "mininterval": 0}
-    monkeypatch.setattr(fisherop.solvers.progress, "tqdm", lambda **kw: tqdm_now(**(kw | at_once)))
+    monkeypatch.setattr(fisherop.progress, "tqdm", lambda **kw: tqdm_now(**(kw | at_once)))
     F = linear_operator(matrix_with_singular_values(np.linspace(3, 1, 30), 40, 30))
     result = eigenpairs(F, method=method, rng=0)
     last = capsys.readouterr().err.strip().split("\r")[-1]

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fisherop.tape
+import fisherop.model.engines.tape
 from fisherop import linearize
-from fisherop.compat import attempt
-from fisherop.engines import Traced, forward_mode, with_graph
-from fisherop.response import Response
-from fisherop.tape import NotLinear
+from fisherop.model.compat import attempt
+from fisherop.model.engines import Traced
+from fisherop.model.engines.nodes import NotLinear
+from fisherop.model.engines.plain import forward_mode, with_graph
+from fisherop.model.response import Response
 
 F64 = torch.float64
 
@@ -187,7 +188,7 @@ def check_program(seed: int) -> str:
 
 @pytest.mark.parametrize("small", [0, 4096])
 def test_views_and_writes_agree_with_autograd(small, monkeypatch):
-    monkeypatch.setattr(fisherop.tape, "_SMALL", small)  # constants are told apart by place, or by value
+    monkeypatch.setattr(fisherop.model.engines.tape, "_SMALL", small)  # constants are told apart by place, or by value
     results = [check_program(seed) for seed in range(small, small + 22)]
     assert results.count("right") > len(results) / 3
     assert results.count("refused") < len(results) / 10

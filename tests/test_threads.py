@@ -1,7 +1,13 @@
 """Operators and models that several threads use at the same time."""
 
 import concurrent.futures
+import contextlib
+import copy
+import gc
+import os
+import random
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +16,7 @@ from helpers import assert_close, linear_operator, small_image, small_model
 from kinds import flat
 
 from fisherop import Eigendistortion, certify, eigenpairs, linearize
-from fisherop.engines import ENGINES
+from fisherop.model.engines import ENGINES
 from fisherop.testing import matrix_with_singular_values
 
 
@@ -117,3 +123,100 @@ def test_one_module_is_linearized_and_multiplied_by_all(engine):
     assert all(together(4, use))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+
+
+@contextlib.contextmanager
+def another_thread(step):
+    """Calls `step` again and again, with pauses, while the block runs."""
+    stop = threading.Event()
+
+    def loop():
+        while not stop.wait(5e-3):
+            step()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(2).tolist(), lambda: np.random.rand(2).tolist(), random.random])  # noqa: NPY002
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.filterwarnings("ignore:at each of 12 calls of the model")  # where the machine is slow
+def test_random_numbers_of_another_thread_stay_its_own(engine, draw):
+    """They were rewound with those of the model; and a model that draws none was refused for them."""
+    seen, model = [], small_model()  # which seeds PyTorch's generator when it is made
+    with another_thread(lambda: seen.append(str(draw()))):
+        for _ in range(3):
+            linearization = linearize(small_image(), copy.deepcopy(model), engine=engine)
+            linearization.jvp(linearization.image[None])
+            linearization.respond(linearization.image)
+    assert len(seen) > 5 and len(set(seen)) == len(seen)
+
+
+def test_settings_that_another_thread_changes_stay_as_it_leaves_them():
+    enter, leave = threading.Event(), threading.Event()
+
+    def model(x):
+        enter.set()  # the other thread's settings change, and are back before linearizing ends
+        assert leave.wait(60)
+        return x.sin()
+
+    def other():
+        assert enter.wait(60)
+        with torch.backends.mkldnn.flags(enabled=False), torch.autograd.set_detect_anomaly(True), gc_disabled():
+            leave.set()
+            done.wait(60)
+
+    done = threading.Event()
+    before = torch._C._get_mkldnn_enabled(), torch.is_anomaly_enabled(), gc.isenabled()
+    thread = threading.Thread(target=other)
+    thread.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of anomaly detection
+        linearize(small_image(), model, engine="functional")
+    done.set()
+    thread.join()
+    assert (torch._C._get_mkldnn_enabled(), torch.is_anomaly_enabled(), gc.isenabled()) == before
+
+
+@contextlib.contextmanager
+def gc_disabled():
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_within_a_forward_mode_level():
+    """The child has none of the levels of a thread that it doesn't have."""
+    inside, leave = threading.Event(), threading.Event()
+    calls = []
+
+    def model(x):
+        calls.append(1)
+        if torch.autograd.forward_ad._current_level >= 0:
+            inside.set()
+            leave.wait(60)
+        return x.sin()
+
+    thread = threading.Thread(target=lambda: linearize(torch.rand(3), model, engine="functional"))
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            found = linearize(torch.zeros(3), lambda x: 2 * x.sin(), engine="functional").jvp(torch.ones(1, 3))
+            code = 0 if torch.equal(found, torch.full((1, 3), 2.0)) else 2
+        finally:
+            os._exit(code)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,384 +1,49 @@
-"""Solvers for the extreme eigenpairs of F, each a plain function; `eigenpairs` picks one and certifies its answer."""
+"""Solvers for the extreme eigenpairs of F: each a plain function in a file of its name, and the table of them.
+
+A solver is called as ``solver(operator, k, which, tol=, maxiter=, rng=, **its own options)`` with a `FisherOperator`,
+and returns an `Answer`, or raises `SolverStopped` with one. `fisherop.eigenpairs` certifies it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from fisherop.result import Answer
+from fisherop.solvers import eigsh, exact, golub_kahan, lobpcg, power, primme, randomized_svd, svds
 
-from fisherop import checks
-from fisherop.jacobian import scaled
-from fisherop.operators import FisherOperator, JacobianOperator
-from fisherop.result import (
-    PROBE_STEPS,
-    ConvergenceError,
-    EigenResult,
-    SolverStopped,
-    certify,
-    judging,
-    warn,
-)
-from fisherop.sample import Sample
-from fisherop.solvers.advice import explain
-from fisherop.solvers.eigsh import eigsh
-from fisherop.solvers.exact import exact
-from fisherop.solvers.golub_kahan import golub_kahan
-from fisherop.solvers.lobpcg import lobpcg
-from fisherop.solvers.power import power
-from fisherop.solvers.primme import primme
-from fisherop.solvers.progress import progress_bar
-from fisherop.solvers.randomized_svd import randomized_svd
-from fisherop.solvers.svds import svds
 
-SOLVERS: dict[str, Callable[..., tuple]] = {
-    solver.__name__: solver for solver in (golub_kahan, exact, eigsh, lobpcg, svds, primme, power, randomized_svd)
+class Method(NamedTuple):
+    """A solver, and what its caller must know of it.
+
+    `is_robust`: it takes J of any size, and sees to it that rounding doesn't decide whether pairs converge. All other
+    solvers are given J times a power of two where F would leave the range of its dtype, and a tolerance that leaves
+    room for rounding.
+    """
+
+    solve: Callable[..., Answer]
+    is_robust: bool = False
+
+    @property
+    def options(self) -> set[str]:
+        """The solver's own."""
+        keywords = {p.name for p in inspect.signature(self.solve).parameters.values() if p.kind == p.KEYWORD_ONLY}
+        return keywords - {"tol", "maxiter", "rng", "state"}
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a search can be stored in a `state`, and gone on with."""
+        return "state" in inspect.signature(self.solve).parameters
+
+
+SOLVERS = {
+    "golub_kahan": Method(golub_kahan.golub_kahan, is_robust=True),
+    "exact": Method(exact.exact, is_robust=True),
+    "eigsh": Method(eigsh.eigsh),
+    "lobpcg": Method(lobpcg.lobpcg),
+    "svds": Method(svds.svds),
+    "primme": Method(primme.primme),
+    "power": Method(power.power),
+    "randomized_svd": Method(randomized_svd.randomized_svd),
 }
-_OWN_OPTIONS = {"tol", "maxiter", "rng"}
-_UNITS = {"range_error": 1, "lambda_max_upper": 2, "lambda_min_lower": 2}  # powers of J, of what solvers report
-_SMALL = 2**24  # elements of a Jacobian that "auto" makes dense
-
-
-def eigenpairs(
-    operator: FisherOperator | JacobianOperator,
-    k: int = 1,
-    which: str = "both",
-    *,
-    method: str | Callable[..., tuple] = "auto",
-    tol: float = 1e-6,
-    maxiter: int | None = None,
-    rng: int | np.random.Generator | None = None,
-    progress: bool = True,
-    on_failure: str = "raise",
-    state: dict[str, Any] | None = None,
-    against: torch.dtype | FisherOperator | None = None,
-    **options: Any,
-) -> EigenResult:
-    """The k most and the k least noticeable directions of an image: extreme eigenpairs of F, certified.
-
-    Parameters
-    ----------
-    operator : FisherOperator or JacobianOperator
-        Of the model at the image, N elements.
-    k : int
-        How many pairs at each end.
-    which : {"both", "largest", "smallest"}
-        The ends of the spectrum.
-    method : str or callable
-        ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
-        ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
-        ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
-        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator` on the same linearization
-        with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose
-        eigenvectors are the same. It returns ``(values, vectors)`` by descending value, the vectors in columns (N, k),
-        for "both" (N, 2 k); a third item, a dict, goes to ``result.details``. The values are recomputed. Where J is
-        zero, it isn't called.
-    tol : float
-        Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
-        ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
-    maxiter : int, optional
-        The solver's own iterations; see there for the default.
-    rng : int or Generator, optional
-        The same seed gives the same bits on one machine.
-    progress : bool
-        Show the products done, once a second has passed.
-    on_failure : {"raise", "warn"}
-        What happens when a pair did not converge.
-    state : dict, optional
-        For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
-        Where the last result holds all that is asked for, to `tol` or a smaller one, and there are no options, nothing
-        is searched; else the search goes on. After Ctrl-C ``state["result"]`` holds what was found, certified.
-    against : torch.dtype or FisherOperator, optional
-        Whose products judge what was found, as in `certify`: with ``torch.float64``, those of a copy of the model in
-        that precision, one linearization and as many products as there are pairs.
-    **options
-        The solver's own; see there.
-
-    Returns
-    -------
-    EigenResult
-        Each vector's sign is such that its inner product with the standard normal vector of NumPy's
-        ``default_rng(2017)`` is positive.
-
-    Raises
-    ------
-    ConvergenceError
-        A pair did not converge, or is shown not to be the extreme one. What was found is in its ``result``.
-    TypeError, ValueError
-        An argument can't be used; the message says what to do.
-    OverflowError, FloatingPointError
-        J is so large or so small that its products leave what the dtype can hold: scale the model's response.
-    KeyboardInterrupt
-        Ctrl-C was pressed. With `state` the search stays there, and what it found is certified before this is raised
-        (K + 32 products, which a second Ctrl-C ends at once); ``state["result"]`` then holds it, unless an earlier
-        result there has more converged pairs. Without `state`, and with other methods, what was found is lost.
-
-    Warns
-    -----
-    RuntimeWarning
-        J is zero, so that every vector is both extremes; or, with ``on_failure="warn"``, in place of the first error.
-    """
-    operator = _fisher(operator)
-    n = operator.shape[0]
-    k = checks.integer("k", k, 1, n, what=f"an integer from 1 to N = {n}")
-    checks.choice("which", which, ("both", "largest", "smallest"))
-    tol, progress = checks.tolerance(tol), checks.flag("progress", progress)
-    maxiter = checks.integer("maxiter", maxiter, 1, 2**31 - 1, optional=True)
-    checks.choice("on_failure", on_failure, ("raise", "warn"))
-    _check_state(state)
-    solver, name, why = _choose(method, options, operator, k)
-    if which == "both" and 2 * k > n and solver is not exact:
-        raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
-    rng = checks.spawned(rng)
-    against = None if against is None else judging(operator, against)
-    keeps = state is not None and solver is golub_kahan
-    if keeps and not options and against is None:
-        found = _recall(operator, state, k, which, tol)
-        if found is not None:
-            state["result"] = found
-            return found
-    stopped: SolverStopped | None = None
-    interrupt: BaseException | None = None
-    sample: Sample | None = None
-    # rounding mustn't decide: the certificate adds the noise of products to residuals; golub_kahan sees to that itself
-    aim = 0.95 * tol
-    if solver is not golub_kahan:
-        aim = max(0.5 * tol, aim - 4 * float(np.finfo(operator.dtype).eps))
-    if keeps:
-        options["state"] = state
-    certificate = 1.5 * min(n, 2 * k) + 2
-    total = min(operator.jacobian.shape) / 2 + certificate if solver is exact else None
-    with progress_bar(operator, name, total, progress) as operator:
-        inner = operator
-        if solver not in (golub_kahan, exact):  # which take J as it is
-            sample = Sample.of(operator, checks.spawned(rng))
-            inner = scaled(operator, sample.exponent)
-            solver = _arbitrary if sample.size == 0 else solver
-        try:
-            answer = solver(inner, k, which, tol=aim, maxiter=maxiter, rng=rng, **options)
-            index = _indices(k, which, n)
-            vectors, details = _check_answer(answer, (n, len(index)), name)
-        except SolverStopped as error:
-            stopped, details = error, error.details | {"stopped": str(error)}
-            interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else None
-            if interrupt is not None and not keeps:
-                raise interrupt from None
-            found = error.largest, error.smallest
-            largest, smallest = (checks.array(f"what solver {name!r} stopped with", v, (n, "k'")) for v in found)
-            vectors, index = np.hstack([largest, smallest]), np.r_[: largest.shape[1], n - smallest.shape[1] : n]
-        if options.get("orthogonal_to") is not None:
-            vectors, index = _join_given(operator, vectors, index, options["orthogonal_to"])
-            for claim in ("ground", "lambda_min_lower", "lambda_max_upper"):  # which hold in the complement alone
-                details.pop(claim, None)
-        if inner is not operator:
-            known = _UNITS.keys() & details.keys()
-            details |= {name: details[name] * 2.0 ** (-_UNITS[name] * sample.exponent) for name in known}
-        earlier = details.pop("earlier", 0) if solver is golub_kahan else 0
-        # what our own solvers say; all others are examined
-        ground = details.pop("ground", None) if solver in (exact, golub_kahan) else None
-
-        def examined() -> EigenResult:
-            return certify(
-                operator,
-                _rayleigh_ritz(operator, vectors),
-                index,
-                tol=tol,
-                method=name,
-                probe=0 if ground and which != "smallest" else PROBE_STEPS,
-                rng=rng,
-                ground=ground,
-                details=why | details,
-                sample=sample,
-                against=against,
-            )
-
-        try:
-            result = examined()
-        except KeyboardInterrupt as error:
-            if not keeps or interrupt is not None:
-                raise
-            interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
-    judging_it = 0.0 if against is None else result.n_products  # by an operator that isn't the one that counts here
-    result = dataclasses.replace(result, n_products=operator.n_products + earlier + judging_it)
-    if keeps and stopped is None and not result.converged.all():
-        state.pop("search", None)  # what it takes for the answer is none
-    if interrupt is not None:
-        _keep_best(state, result)
-        raise KeyboardInterrupt(f"{name} was interrupted after {result.n_products:g} products") from None
-    if stopped is not None or not result.converged.all():
-        why = explain(result, stopped, raised=on_failure == "raise")
-        if options.get("orthogonal_to") is not None:
-            why += ".\northogonal_to is certified with the rest: it must hold eigenvectors found before, at these ends"
-        if on_failure == "raise":
-            raise ConvergenceError(why, result) from stopped
-        warn(why)
-    if keeps:
-        state["result"] = result
-    return result
-
-
-def _keep_best(state: dict[str, Any], result: EigenResult) -> None:
-    """Put what an interrupted search found into its state, unless an earlier result there has more converged pairs."""
-    earlier = state.get("result")
-    is_answer = "stopped" not in result.details and result.converged.all()
-    if earlier is None or is_answer or earlier.converged.sum() <= result.converged.sum():
-        state["result"] = result
-
-
-def _recall(operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float) -> EigenResult | None:
-    """What is asked for, where an earlier result of the operator has it all, to this tol or a smaller one, or None."""
-    operator.linearization.check_current()
-    result, n = state.get("result"), operator.shape[0]
-    if result is None or state.get("linearization") is not operator.linearization:
-        return None
-    if result.method != "golub_kahan" or "stopped" in result.details:  # the index may not have been looked into
-        return None
-    index = _indices(k, which, n)
-    here = np.isin(result.eigenindex, index)
-    if tol < result.tol or here.sum() < len(index) or not result.converged[here].all():
-        return None
-    if here.all() and tol == result.tol and result.lambda_max_bounds[1] > 0:  # zero is told again
-        return result
-    details = dict(result.details, lambda_min_lower=result.lambda_min_bounds[0])
-    details["lambda_max_upper"] = result.lambda_max_bounds[1]
-    if tol > result.tol:
-        details.pop("nullity", None)
-    probe = 0 if which != "smallest" else PROBE_STEPS
-    anew = _certify_anew(operator, result, here, tol=tol, probe=probe, ground=result.ground, details=details)
-    return anew if anew.converged.all() else None
-
-
-def transfer(operator: FisherOperator, result: EigenResult) -> EigenResult:
-    """A result's pairs by products of another operator, of the same model in other arithmetic.
-
-    Warns where a pair does not hold there.
-    """
-    anew = _certify_anew(operator, result, slice(None), tol=result.tol, details=result.details)
-    if not anew.converged.all():
-        warn(explain(anew, None, raised=False))
-    return anew
-
-
-def _certify_anew(
-    operator: FisherOperator, result: EigenResult, here: NDArray[np.bool_] | slice, **claims: Any
-) -> EigenResult:
-    claims["details"] = {name: x for name, x in claims["details"].items() if name != "against"}
-    anew = certify(
-        operator,
-        _rayleigh_ritz(operator, result.eigenvectors[:, here]),
-        result.eigenindex[here],
-        method=result.method,
-        rng=0,
-        **claims,
-    )
-    return dataclasses.replace(anew, n_products=result.n_products + anew.n_products)
-
-
-def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
-    if isinstance(operator, JacobianOperator):
-        return operator.fisher
-    return checks.instance("operator", operator, FisherOperator, "a FisherOperator or a JacobianOperator")
-
-
-def _check_state(state: Any) -> None:
-    if state is not None:
-        checks.instance("state", state, dict, "a dict, empty at first, or None")
-        kinds = (EigenResult, type(None))
-        checks.instance(
-            "state['result']", state.get("result"), kinds, "what an earlier call left", "pass an empty dict"
-        )
-        if not hasattr(state.get("checkpoint"), "offer") and state.get("checkpoint") is not None:
-            checks.refuse(TypeError, "state['checkpoint']", "a fisherop.checkpoint.Checkpoint", state["checkpoint"])
-
-
-def _choose(
-    method: str | Callable[..., tuple], options: dict[str, Any], operator: FisherOperator, k: int
-) -> tuple[Callable[..., tuple], str, dict[str, str]]:
-    """The solver, its name, and, where it was chosen here, why."""
-    why = {}
-    if callable(method):
-        return _check_solver(method, options), getattr(method, "__name__", type(method).__name__), why
-    checks.choice("method", method, ("auto", *SOLVERS), " or a callable")
-    if method == "auto":
-        m, n = operator.jacobian.shape
-        if options:
-            method, reason = "golub_kahan", "options are given"
-        elif min(m, n) > 100 * k:
-            method, reason = "golub_kahan", f"min(M, N) = {min(m, n)} > 100 k"
-        elif m * n > _SMALL:
-            method, reason = "golub_kahan", f"J has {m * n} elements, more than {_SMALL}"
-        else:
-            method, reason = "exact", f"min(M, N) = {min(m, n)} ≤ 100 k"
-        why["method"] = f"{method}, since {reason}"
-    keywords = {p.name for p in inspect.signature(SOLVERS[method]).parameters.values() if p.kind == p.KEYWORD_ONLY}
-    allowed = sorted(keywords - _OWN_OPTIONS)
-    for option in options:
-        if option not in allowed:
-            cure = "; a seed is given as rng" if option == "seed" else ""
-            raise TypeError(
-                f"method {method!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}{cure}"
-            )
-    return SOLVERS[method], method, why
-
-
-def _indices(k: int, which: str, n: int) -> NDArray[np.intp]:
-    """The k first, the k last, or both, of n."""
-    top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
-    return np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
-
-
-def _arbitrary(
-    operator: FisherOperator, k: int, which: str, *, rng: np.random.Generator, **options: Any
-) -> tuple[None, NDArray]:
-    """Where J is zero every vector is right, and solvers have nothing to start from."""
-    n = operator.shape[0]
-    return None, np.linalg.qr(rng.standard_normal((n, len(_indices(k, which, n)))))[0]
-
-
-def _check_solver(solver: Callable[..., tuple], options: dict[str, Any]) -> Callable[..., tuple]:
-    """A solver of the user's own, if it can be called as solvers are."""
-    try:
-        inspect.signature(solver).bind(None, None, None, tol=None, maxiter=None, rng=None, **options)
-    except TypeError as error:
-        how = f"solver(operator, k, which, {', '.join(f'{name}=' for name in ('tol', 'maxiter', 'rng', *options))})"
-        checks.refuse(TypeError, "method", f"callable as {how}", solver, str(error))
-    except ValueError:  # it has no signature
-        pass
-    return solver
-
-
-def _check_answer(answer: Any, shape: tuple[int, int], name: str) -> tuple[NDArray, dict[str, Any]]:
-    what = f"what solver {name!r} returns"
-    checks.instance(what, answer, (tuple, list), "(values, vectors) or (values, vectors, details)")
-    if len(answer) not in (2, 3):
-        checks.refuse(ValueError, what, "(values, vectors) or (values, vectors, details)", answer)
-    details = checks.instance(f"the details in {what}", answer[2], Mapping, "a mapping") if len(answer) == 3 else {}
-    return checks.array(f"the vectors in {what}", answer[1], shape), dict(details)
-
-
-def _join_given(operator: FisherOperator, vectors: NDArray, index: NDArray, given: NDArray) -> tuple[NDArray, NDArray]:
-    """Eigenvectors found before, and those found next: which end the former belong to, and the indices of all."""
-    n = operator.shape[0]
-    given = np.asarray(given).reshape(n, -1)
-    from_top = np.arange(len(index)) == index
-    if from_top.all() or not from_top.any():
-        top = len(index) + given.shape[1] if from_top.all() else 0
-    else:
-        values, known = ((operator.jacobian.matmat(v).astype(np.float64) ** 2).sum(axis=0) for v in (vectors, given))
-        top = from_top.sum() + (known > (values[from_top].min() + values[~from_top].max()) / 2).sum()
-    vectors = np.hstack([vectors, given])
-    return vectors, np.r_[:top, n - (vectors.shape[1] - top) : n]
-
-
-def _rayleigh_ritz(operator: FisherOperator, vectors: NDArray) -> NDArray:
-    """The best vectors within the span: orthonormal, rotated by the SVD of J times them, in float64; signs fixed."""
-    basis = np.linalg.qr(vectors.astype(np.float64))[0]
-    images = operator.jacobian.matmat(basis).astype(np.float64)
-    rotation = np.linalg.svd(np.linalg.qr(images, mode="r"))[2]
-    vectors = basis @ rotation.T
-    signs = np.random.default_rng(2017).standard_normal(len(vectors)) @ vectors
-    return vectors * np.where(signs < 0, -1.0, 1.0)

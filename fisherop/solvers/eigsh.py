@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
-from fisherop.sample import ritz_extremes
+from fisherop.result import Answer
+from fisherop.solvers.ends import each_end, estimate_norm
 
 
 def eigsh(
@@ -21,7 +21,7 @@ def eigsh(
     maxiter: int | None,
     rng: np.random.Generator,
     ncv: int | None = None,
-) -> tuple[NDArray, NDArray]:
+) -> Answer:
     """The largest eigenvalues of F, and of 1.01 λ_max I − F for the smallest: there ARPACK converges, not at F's own.
 
     Parameters
@@ -41,8 +41,9 @@ def eigsh(
         raise ValueError(f"method='eigsh' needs k < N, got k={k} and N={n}: use method='exact'")
     ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
 
-    scale = ritz_extremes(operator, np.empty((n, 0)), 1, rng.standard_normal(n))[1]
-    fisher = operator.in_float64(scale)  # ARPACK's test has an absolute floor, which a small F would fall below
+    # ARPACK's test has an absolute floor, which a small F would fall below
+    fisher = operator.in_float64(estimate_norm(operator, rng))
+    lambda_max: float | None = None
 
     def largest(matrix: sla.LinearOperator, k: int, tol: float, basis: int) -> tuple[NDArray, NDArray]:
         values, vectors = sla.eigsh(
@@ -56,22 +57,14 @@ def eigsh(
         )
         return values[::-1], vectors[:, ::-1]
 
-    nothing = np.empty(0), np.empty((n, 0))
-    found = {"largest": nothing, "smallest": nothing}
-    try:
-        end = "largest"
-        if which == "smallest":
-            top = largest(fisher, 1, 1e-2, 20)
-        else:
-            top = found[end] = largest(fisher, k, tol, 20)
-        if which != "largest":
-            end = "smallest"
-            shift = 1.01 * float(top[0][0])
-            shifted = sla.LinearOperator((n, n), lambda x: shift * x - fisher @ x, dtype=fisher.dtype)
-            values, vectors = largest(shifted, k, tol, 60)
-            found[end] = shift - values[::-1], vectors[:, ::-1]
-    except sla.ArpackError as error:
-        if which in ("both", end) and isinstance(error, sla.ArpackNoConvergence):  # it carries what did converge
-            found[end] = error.eigenvalues, error.eigenvectors
-        raise SolverStopped(f"ARPACK at the {end} end: {error}", found["largest"][1], found["smallest"][1]) from error
-    return scale * np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
+    def search(end: str) -> NDArray:
+        nonlocal lambda_max
+        if end == "largest":
+            values, vectors = largest(fisher, k, tol, 20)
+            lambda_max = float(values[0])
+            return vectors
+        shift = 1.01 * (float(largest(fisher, 1, 1e-2, 20)[0][0]) if lambda_max is None else lambda_max)
+        shifted = sla.LinearOperator((n, n), lambda x: shift * x - fisher @ x, dtype=fisher.dtype)
+        return largest(shifted, k, tol, 60)[1][:, ::-1]
+
+    return each_end(which, n, search, sla.ArpackError, "ARPACK")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
+from fisherop.result import Answer, Evidence
 
 
 def exact(
@@ -22,7 +21,7 @@ def exact(
     maxiter: int | None,
     rng: np.random.Generator,
     max_bytes: int | None = None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, Any]]:
+) -> Answer:
     """All singular values of the dense J, in float64; not eigenvalues of F, which squares the condition number.
 
     `tol`, `maxiter` and `rng` have no effect. J is kept in ``operator.jacobian.dense``. Costs min(M, N) / 2 products.
@@ -34,8 +33,8 @@ def exact(
 
     Returns
     -------
-    values (K,), vectors (N, K)
-        K = N and everything, where ``which="both"`` and 2 k ≥ N.
+    Answer
+        All N, where ``which="both"`` and 2 k ≥ N, are its `largest`.
 
     Raises
     ------
@@ -59,10 +58,10 @@ def exact(
     with np.errstate(over="ignore"):  # the certificate says so
         values[: len(sigma)] = sigma**2
     top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
-    kept = np.arange(n) if top + bottom >= n else np.r_[:top, n - bottom : n]
+    top, bottom = (n, 0) if top + bottom >= n else (top, bottom)
     eps = np.finfo(jacobian.dtype).eps
     upper = float(values[0] * (1 + 4 * max(m, n) * eps))
-    return values[kept], vh[kept].T, {"ground": "all singular values of the dense J", "lambda_max_upper": upper}
+    return Answer(vh[:top].T, vh[n - bottom :].T, Evidence("dense"), bounds=(0.0, upper))
 
 
 def _half_of_memory() -> int:

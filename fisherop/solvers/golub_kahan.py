@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fisherop import checks
 from fisherop.jacobian import check_size, shared
+from fisherop.model.undisturbed import uninterrupted
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
-from fisherop.undisturbed import uninterrupted
+from fisherop.result import Answer, Evidence, Nullity, SolverStopped
 
 _DELTA = 1e-3  # the probability of a wrong bound, or of a vector that a probe misses
 _CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
@@ -42,7 +42,7 @@ def golub_kahan(
     orthogonal_to: NDArray | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     state: dict[str, Any] | None = None,
-) -> tuple[NDArray, NDArray, dict[str, Any]]:
+) -> Answer:
     """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalisation of J.
 
     The basis V of the input side is orthogonalised in full, the left vectors are not kept: with ``J V = U B`` only
@@ -85,12 +85,11 @@ def golub_kahan(
 
     Returns
     -------
-    values (K,), vectors (N, K), details
-        In details: ``nullity``, an estimate of the number of eigenvalues that are null to tol and its standard error,
-        where some are (too large where others follow without a gap, since Ritz vectors hold a part of those);
-        ``history``, a list; ``restarts``; ``earlier``, products of a search that this call went on from, which the
-        history counts, too. Outer bounds of λ_min and λ_max hold with probability 0.998 over the random
-        start, see `chance_of_missing`.
+    Answer
+        In its details: ``nullity``, where some eigenvalues are null to tol (too large where others follow without a
+        gap, since Ritz vectors hold a part of those); ``history``, a list, which counts the products of a search that
+        this call went on from, too; ``restarts``. Its bounds hold with probability 0.998 over the random start, see
+        `chance_of_missing`.
 
     Raises
     ------
@@ -154,10 +153,10 @@ def golub_kahan(
         search.look_for_missed()
         return search.answer()
     except (KeyboardInterrupt, SystemExit) as interrupt:
-        search._write(at_once=True)
+        search._write_last()
         if isinstance(interrupt, SystemExit) or state is None or not search.has_partial:
             raise
-        raise SolverStopped("golub_kahan was interrupted", *search.partial()) from interrupt
+        raise SolverStopped("golub_kahan was interrupted", search.partial()) from interrupt
     finally:
         if state is not None and search.close():
             state["search"] = search
@@ -632,7 +631,7 @@ class _Search:
         self.fresh += 1
         if self.fresh > _FRESH:
             message = "rounding of the products hides what eigenvalues may lie 2 tol beyond those found"
-            raise SolverStopped(message, *self.partial(), by_rounding=True)
+            raise SolverStopped(message, self.partial(), by_rounding=True)
         self.space.append(self._draw(1))
 
     def _missing(self, x: float, pairs: slice = slice(None), noise: float | None = None) -> float:
@@ -703,8 +702,8 @@ class _Search:
         space = self.space
         while True:
             if self.n_steps == self.maxiter:
-                self._write(at_once=True)
-                raise SolverStopped(f"golub_kahan took {self.maxiter} steps", *self.partial())
+                self._write_last()
+                raise SolverStopped(f"golub_kahan took {self.maxiter} steps", self.partial())
             space.expand()
             self._write()
             self.n_steps += 1
@@ -717,6 +716,13 @@ class _Search:
         is_over = self.phase == "look" or (self.phase == "main" and self.found is not None)
         if self.checkpoint is not None and self.space.is_whole and not is_over:
             self.checkpoint.offer(self, at_once)
+
+    def _write_last(self) -> None:
+        """Before the search is left, which it is in any case."""
+        try:
+            self._write(at_once=True)
+        except OSError as error:
+            checks.warn(f"the search could not be written to its checkpoint, where it is older now: {error}")
 
     def _make_room(self) -> None:
         space = self.space
@@ -769,45 +775,39 @@ class _Search:
         if self.callback is not None:
             self.callback(entry)
 
-    def answer(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
-        theta, _, rows = self.found
-        start = "v0 and a random vector" if self.random is None else f"{len(self.random)} random vectors"
-        ground = f"extreme Ritz pairs of a Krylov space from {start.replace('1 random vectors', 'a random vector')}"
-        if self.probes:
-            ground += ", and of another from random vectors orthogonal to them"
-        if self.chance > 0:
-            ground += (
-                f"; an eigenvalue more than 2 tol beyond these is missed with a chance of at most {self.chance:.1g}"
-            )
-        details = {"ground": ground} | self.details()
-        if self.nullity is not None:
-            details["nullity"] = "about {:.3g} ± {:.1g} eigenvalues are null to tol, by an estimate".format(
-                *self.nullity
-            )
-        if self.bounds is not None:
-            details["ground"] += "; the outer bounds of λ_min and λ_max hold with probability 0.998"
-            details["lambda_min_lower"], details["lambda_max_upper"] = (self.space.scale**2 * x for x in self.bounds)
-        return self.space.scale**2 * theta[::-1], rows.flip(0).T.cpu().numpy(), details
+    def answer(self) -> Answer:
+        evidence = Evidence(
+            "krylov",
+            n_start=0 if self.random is None else len(self.random),
+            is_probed=self.probes > 0,
+            chance=self.chance,
+            confidence=0.0 if self.bounds is None else 1 - 2 * _DELTA,
+        )
+        details = self.details() | ({} if self.nullity is None else {"nullity": Nullity(*self.nullity)})
+        low, high = self.bounds or (0.0, np.inf)
+        bounds = self.space.scale**2 * low, self.space.scale**2 * high
+        return self._answer(self.found[2], evidence, bounds, details)
+
+    def _answer(self, rows: Tensor, *said: Any) -> Answer:
+        vectors = rows.flip(0).T.cpu().numpy()
+        top = min(self.top, vectors.shape[1])
+        return Answer(vectors[:, :top], vectors[:, top:], *said, n_earlier=self.earlier)
 
     def details(self) -> dict[str, Any]:
-        earlier = {"earlier": self.earlier} if self.earlier else {}
-        return {"restarts": self.restarts, "history": self.history} | earlier
+        return {"restarts": self.restarts, "history": self.history}
 
     @property
     def has_partial(self) -> bool:
         """Whether there are vectors to return before the end."""
         return self.found is not None or (self.space.is_whole and self.space.m > 0)
 
-    def partial(self) -> tuple[NDArray, NDArray, dict[str, Any]]:
-        """What there is, largest and smallest, columns by descending value, and details."""
-        if self.found is None:
-            _, _, y = self.space.ritz()
-            rows = self.space.vectors(y[:, self._wanted(self.space.m)])
-        else:
-            rows = self.found[2]
-        vectors = rows.flip(0).T.cpu().numpy()
-        top = min(self.top, vectors.shape[1])
-        return vectors[:, :top], vectors[:, top:], self.details()
+    def partial(self) -> Answer:
+        """What there is."""
+        if self.found is not None:
+            return self._answer(self.found[2], None, (0.0, np.inf), self.details())
+        _, _, y = self.space.ritz()
+        rows = self.space.vectors(y[:, self._wanted(self.space.m)])
+        return self._answer(rows, None, (0.0, np.inf), self.details())
 
 
 def _eigh(t: NDArray) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg as sla
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
-from fisherop.sample import ritz_extremes
+from fisherop.result import Answer
+from fisherop.solvers.ends import each_end, estimate_norm
 
 
 def lobpcg(
@@ -24,7 +25,7 @@ def lobpcg(
     maxiter: int | None,
     rng: np.random.Generator,
     preconditioner: sla.LinearOperator | NDArray | None = None,
-) -> tuple[NDArray, NDArray, dict[str, Any]]:
+) -> Answer:
     """Both ends of F itself, in a block of k random vectors: a block sees up to k copies of a repeated eigenvalue.
 
     Parameters
@@ -45,23 +46,24 @@ def lobpcg(
     if preconditioner is not None:
         checks.square("preconditioner", preconditioner, n)
     # SciPy's tol is absolute, and so are its own thresholds: it gets F / unit, of about 1, which changes no digit.
-    scale = ritz_extremes(operator, np.empty((n, 0)), min(n, 10), rng.standard_normal(n))[1]
+    scale = estimate_norm(operator, rng, steps=10)
     unit = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
-    found: list[tuple[NDArray, NDArray]] = []
+
+    def search(end: str) -> NDArray:
+        nonlocal scale
+        values, vectors = sla.lobpcg(
+            operator.in_float64(unit),
+            rng.standard_normal((n, k)),
+            M=preconditioner if end == "smallest" else None,
+            tol=tol * scale / unit,
+            maxiter=maxiter or 2000,
+            largest=end == "largest",
+        )
+        scale = max(scale, unit * float(values.max()))
+        return vectors[:, np.argsort(values)[::-1]]
+
     with warnings.catch_warnings(record=True) as caught:  # the certificate judges what SciPy only warns of
         warnings.simplefilter("always")
-        for end in ("largest", "smallest") if which == "both" else (which,):
-            values, vectors = sla.lobpcg(
-                operator.in_float64(unit),
-                rng.standard_normal((n, k)),
-                M=preconditioner if end == "smallest" else None,
-                tol=tol * scale / unit,
-                maxiter=maxiter or 2000,
-                largest=end == "largest",
-            )
-            order = np.argsort(values)[::-1]
-            found.append((unit * values[order], vectors[:, order]))
-            scale = max(scale, unit * float(values.max()))
+        answer = each_end(which, n, search, (), "LOBPCG")
     said = sorted({str(w.message).split("\n")[0] for w in caught})
-    details = {"SciPy's lobpcg": "; ".join(said)} if said else {}
-    return np.concatenate([v for v, _ in found]), np.hstack([v for _, v in found]), details
+    return dataclasses.replace(answer, details={"SciPy's lobpcg": "; ".join(said)} if said else {})

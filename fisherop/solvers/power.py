@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.linearize import Linearization
+from fisherop.model.linearize import Linearization
 from fisherop.operators import FisherOperator
+from fisherop.result import Answer
 
 
 def power(
@@ -19,7 +19,7 @@ def power(
     tol: float,
     maxiter: int | None,
     rng: np.random.Generator,
-) -> tuple[NDArray, NDArray]:
+) -> Answer:
     """Orthogonal iteration with Rayleigh–Ritz rotation; on λ_max I − F for the smallest end.
 
     One product a vector and iteration: the product that makes the next block also gives this one's residual.
@@ -39,16 +39,14 @@ def power(
     def start(k: int) -> Tensor:
         return operator.to_tensors(rng.standard_normal((n, k))).reshape(k, n)
 
-    found: list[tuple[Tensor, Tensor]] = []
+    largest = smallest = start(0)
     if which == "smallest":
-        scale = float(_iterate(lin, start(1), None, 1e-2, maxiter)[0].max())
+        values, _ = _iterate(lin, start(1), None, 1e-2, maxiter)
     else:
-        found.append(_iterate(lin, start(k), None, tol, maxiter))
-        scale = float(found[0][0].max())
+        values, largest = _iterate(lin, start(k), None, tol, maxiter)
     if which != "largest":
-        found.append(_iterate(lin, start(k), scale, tol, maxiter))
-    values, vectors = (torch.cat(part) for part in zip(*found, strict=True))
-    return values.cpu().numpy(), operator.to_columns(vectors)
+        _, smallest = _iterate(lin, start(k), float(values.max()), tol, maxiter)
+    return Answer(operator.to_columns(largest), operator.to_columns(smallest))
 
 
 def _iterate(lin: Linearization, v: Tensor, shift: float | None, tol: float, maxiter: int) -> tuple[Tensor, Tensor]:

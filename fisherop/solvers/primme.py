@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
-from fisherop.sample import ritz_extremes
+from fisherop.result import Answer
+from fisherop.solvers.ends import each_end, estimate_norm
 
 
 def primme(
@@ -22,7 +22,7 @@ def primme(
     rng: np.random.Generator,
     ncv: int | None = None,
     preconditioner: sla.LinearOperator | NDArray | None = None,
-) -> tuple[NDArray, NDArray]:
+) -> Answer:
     """Both ends of F itself, by ``primme.eigsh``.
 
     A. Stathopoulos and J. R. McCombs, PRIMME: preconditioned iterative multimethod eigensolver, ACM Trans. Math. Softw.
@@ -58,26 +58,20 @@ def primme(
     ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
     if preconditioner is not None:
         checks.square("preconditioner", preconditioner, n)
-    nothing = np.empty((n, 0))
-    scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1]
-    fisher = operator.in_float64(scale)
-    found: dict[str, tuple[NDArray, NDArray]] = {}
-    for end in ("largest", "smallest") if which == "both" else (which,):
-        try:
-            values, vectors = package.eigsh(
-                fisher,
-                k,
-                which="LA" if end == "largest" else "SA",
-                v0=rng.standard_normal((n, 1)),
-                ncv=ncv,
-                maxiter=maxiter or 20_000,
-                tol=tol,  # relative to the norm of F
-                method="PRIMME_DEFAULT_MIN_MATVECS",
-                OPinv=preconditioner if end == "smallest" else None,
-            )
-        except package.PrimmeError as error:
-            largest = found["largest"][1] if found else nothing
-            raise SolverStopped(f"PRIMME at the {end} end: {error}", largest, nothing) from error
-        order = np.argsort(values)[::-1]
-        found[end] = scale * values[order], vectors[:, order]
-    return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
+    fisher = operator.in_float64(estimate_norm(operator, rng))
+
+    def search(end: str) -> NDArray:
+        values, vectors = package.eigsh(
+            fisher,
+            k,
+            which="LA" if end == "largest" else "SA",
+            v0=rng.standard_normal((n, 1)),
+            ncv=ncv,
+            maxiter=maxiter or 20_000,
+            tol=tol,  # relative to the norm of F
+            method="PRIMME_DEFAULT_MIN_MATVECS",
+            OPinv=preconditioner if end == "smallest" else None,
+        )
+        return vectors[:, np.argsort(values)[::-1]]
+
+    return each_end(which, n, search, package.PrimmeError, "PRIMME")

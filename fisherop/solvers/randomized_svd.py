@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
+from fisherop.result import Answer
 
 _TRIALS = 10
 
@@ -26,7 +25,7 @@ def randomized_svd(
     rng: np.random.Generator,
     p: int = 5,
     q: int = 2,
-) -> tuple[NDArray, NDArray, dict[str, Any]]:
+) -> Answer:
     """The largest end from the range of J applied to random images: a few products, and an error to match.
 
     `tol` and `maxiter` have no effect. Costs (k + p)(q + 1) products, and 5 for the error.
@@ -40,9 +39,9 @@ def randomized_svd(
 
     Returns
     -------
-    values (k,), vectors (N, k), details
-        ``details["range_error"]`` bounds ‖J − QQᵀJ‖₂, Q the basis found, with probability 1 − 10⁻¹⁰, so that
-        λ_max ≤ σ₁(QᵀJ)² + range_error²: the upper bound of λ_max in the result.
+    Answer
+        Its `range_error` bounds ‖J − QQᵀJ‖₂, Q the basis found, with probability 1 − 10⁻¹⁰, so that
+        λ_max ≤ σ₁(QᵀJ)² + range_error²: its upper bound of λ_max.
 
     Raises
     ------
@@ -89,5 +88,4 @@ def randomized_svd(
         10 * torch.finfo(lin.image.dtype).eps * float(sigma[0]) ** 2
     )  # of the products, and of Q's orthonormality
     upper = float(sigma[0]) ** 2 + error**2 + rounding
-    details = {"range_error": error, "lambda_max_upper": upper}
-    return (sigma[:k] ** 2).cpu().numpy(), operator.to_columns(vh[:k]), details
+    return Answer(operator.to_columns(vh[:k]), np.empty((n, 0)), bounds=(0.0, upper), range_error=error)

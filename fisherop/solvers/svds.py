@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.operators import FisherOperator
-from fisherop.result import SolverStopped
-from fisherop.sample import ritz_extremes
+from fisherop.result import Answer
+from fisherop.solvers.ends import each_end, estimate_norm
 
 
 def svds(
@@ -21,7 +21,7 @@ def svds(
     maxiter: int | None,
     rng: np.random.Generator,
     ncv: int | None = None,
-) -> tuple[NDArray, NDArray]:
+) -> Answer:
     """The largest and the smallest singular values of [J; σ₁ I], whose right singular vectors are those of J.
 
     Of J itself SciPy takes the smaller of JᵀJ and JJᵀ, whose spectrum lacks the null space of F where M < N; and ARPACK
@@ -45,33 +45,26 @@ def svds(
     if k >= n:
         raise ValueError(f"method='svds' needs k < N, got k={k} and N={n}: use method='exact'")
     ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
-    nothing = np.empty((n, 0))
-    scale = ritz_extremes(operator, nothing, 1, rng.standard_normal(n))[1] ** 0.5
-    jacobian = operator.jacobian.in_float64(scale)
+    jacobian = operator.jacobian.in_float64(estimate_norm(operator, rng) ** 0.5)
     stacked = sla.LinearOperator(
         (m + n, n),
         matvec=lambda v: np.concatenate([jacobian @ v.ravel(), v.ravel()]),
         rmatvec=lambda u: jacobian.rmatvec(u[:m].ravel()) + u[m:].ravel(),
         dtype=np.float64,
     )
-    found: dict[str, tuple[NDArray, NDArray]] = {}
-    for end in ("largest", "smallest") if which == "both" else (which,):
+
+    def search(end: str) -> NDArray:
         basis = ncv or max(2 * k + 1, 20 if end == "largest" else 60)
-        try:
-            _, sigma, vh = sla.svds(
-                stacked,
-                k,
-                which="LM" if end == "largest" else "SM",
-                tol=(tol / 2) ** 0.5,  # which SciPy squares; the largest eigenvalue is 2
-                v0=rng.standard_normal(n),
-                maxiter=maxiter or 1000,
-                ncv=min(basis, n - 1) if n > k + 2 else None,
-                return_singular_vectors="vh",
-            )
-        except sla.ArpackError as error:
-            partial = getattr(error, "eigenvectors", nothing)
-            largest = found["largest"][1] if found else nothing
-            stopped = (partial, nothing) if end == "largest" else (largest, partial)
-            raise SolverStopped(f"ARPACK at the {end} end: {error}", *stopped) from error
-        found[end] = scale**2 * (sigma[::-1] ** 2 - 1), vh[::-1].T
-    return np.concatenate([v for v, _ in found.values()]), np.hstack([v for _, v in found.values()])
+        _, _, vh = sla.svds(
+            stacked,
+            k,
+            which="LM" if end == "largest" else "SM",
+            tol=(tol / 2) ** 0.5,  # which SciPy squares; the largest eigenvalue is 2
+            v0=rng.standard_normal(n),
+            maxiter=maxiter or 1000,
+            ncv=min(basis, n - 1) if n > k + 2 else None,
+            return_singular_vectors="vh",
+        )
+        return vh[::-1].T
+
+    return each_end(which, n, search, sla.ArpackError, "ARPACK")

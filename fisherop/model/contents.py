@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherop.guard import _names, root
-from fisherop.sparse import is_opaque, parts
+from fisherop.model.guard import _names, root
+from fisherop.model.sparse import is_opaque, parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _SIMPLE = {bool, int, float, complex, str}

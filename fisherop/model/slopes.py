@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.compat import attempt
-from fisherop.draws import DETACHING
-from fisherop.nodes import replace
-from fisherop.response import Response
-from fisherop.tape import written
+from fisherop.model.compat import attempt
+from fisherop.model.draws import DETACHING
+from fisherop.model.engines.nodes import replace
+from fisherop.model.engines.writes import written
+from fisherop.model.response import Response
 
 _LOG = logging.getLogger(__name__)
 _WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}

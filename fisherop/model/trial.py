@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisherop.slopes import norm
+from fisherop.model.slopes import norm
 
 ROUNDINGS = 32  # by which the same product may differ when it is computed in another way
 _LOG = logging.getLogger(__name__)

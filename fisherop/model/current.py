@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherop.compat import attempt
-from fisherop.contents import Contents
-from fisherop.engines import DoubleBackward, Functional, forward_mode, slope_by_backward
-from fisherop.guard import Guard
-from fisherop.response import Response, check_mode
-from fisherop.slopes import norm
-from fisherop.trial import ROUNDINGS, Trial
-from fisherop.undisturbed import alone
+from fisherop.checks import warn
+from fisherop.model.compat import attempt
+from fisherop.model.contents import Contents
+from fisherop.model.engines import DoubleBackward, Functional
+from fisherop.model.engines.plain import forward_mode, slope_by_backward
+from fisherop.model.guard import Guard
+from fisherop.model.response import Response, check_mode
+from fisherop.model.slopes import norm
+from fisherop.model.trial import ROUNDINGS, Trial
+from fisherop.model.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Current:
             The model has changed, and products are still of the model as it was; once for each change.
         """
         if thoroughly or self._contents.moved():
-            alone(self._look_again, self._image.device)
+            alone(self._look_again, self._image.device, lambda: self._respond.draws)
         if self._stale is not None:
             raise RuntimeError(self._stale)
 
@@ -117,11 +117,3 @@ class Current:
         except Exception as error:  # whatever a changed model raises, and PyTorch where tensors of a graph have changed
             _LOG.info("with the model as it is: %s", error)
             return False
-
-
-def warn(message: str) -> None:
-    """As from the line that called this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fisherop":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

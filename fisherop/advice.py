@@ -38,6 +38,11 @@ def explain(result: EigenResult, stopped: SolverStopped | None, *, raised: bool)
         larger = f"a larger tol, as {10 * noise:.0e}" if noise < 0.01 else "a larger tol"
         advice += f"use {larger}" if is_double else f"use a float64 image and model, or {larger}"
         advice += "" if result.method in ("golub_kahan", "exact") else ", and method='golub_kahan'"
+    elif result.method == "golub_kahan" and stopped is None and Status.UNCONVERGED in result.status:
+        advice = (
+            "the search took these for converged, so that its products were not those of now: the model has changed "
+            "on the way, or since the checkpoint was written; begin anew"
+        )
     elif result.method == "randomized_svd":
         advice = "raise q, its power iterations, or p, accept a larger tol, or use method='golub_kahan'"
     else:
@@ -54,6 +59,6 @@ def _is_limited_by_rounding(result: EigenResult, stopped: SolverStopped | None, 
     if stopped is not None and stopped.by_rounding:
         return True
     if result.method == "golub_kahan" and stopped is None and Status.UNCONVERGED in result.status:
-        return True
+        return noise > result.tol / 100
     residuals = result.residual_norms[~result.converged]
     return noise > result.tol / 4 and bool((residuals <= 10 * noise * result.lambda_max_bounds[0]).any())

@@ -24,7 +24,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-from fisherop.compat import clear_frames, compute_exactly
+from fisherop.model.compat import clear_frames, compute_exactly
 
 T = TypeVar("T")
 _SDP = [n for n in ("flash", "mem_efficient", "math", "cudnn") if hasattr(torch._C, f"_get_{n}_sdp_enabled")]
@@ -58,23 +58,28 @@ class Process(Thread):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.interrupted = False
+        self.interrupted = False  # by Ctrl-C, or any error
         self._settings = _settings()
         self._level = forward_ad._current_level
 
     def restore(self) -> None:
         super().restore()
-        self._leave_levels()
-        self.restore_settings()
+        self.leave_levels()
+        if self.interrupted:
+            self.restore_settings()
 
     def restore_settings(self) -> None:
-        """Those of the process alone, by nothing that computes."""
+        """Those of the process alone, by nothing that computes.
+
+        Where nothing was raised, the context managers of PyTorch have put back what they changed; what differs then has
+        been changed by another thread.
+        """
         now = _settings()
         for name, (value, put) in self._settings.items():
             if now[name][0] is not value and now[name][0] != value:
                 put(value)
 
-    def _leave_levels(self) -> None:
+    def leave_levels(self) -> None:
         while forward_ad._current_level > self._level:
             forward_ad.exit_dual_level()
         if self.interrupted and self._level < 0:
@@ -130,7 +135,9 @@ class Generators:
             torch.cuda.set_rng_state(before["cuda"], self._device)
 
 
-def alone(function: Callable[[list[Callable[[], Any]]], T], device: torch.device) -> T:
+def alone(
+    function: Callable[[list[Callable[[], Any]]], T], device: torch.device, draws: Callable[[], bool] = lambda: False
+) -> T:
     """Call `function` while no other thread does this; afterwards all settings and generators are as before.
 
     Parameters
@@ -140,6 +147,8 @@ def alone(function: Callable[[list[Callable[[], Any]]], T], device: torch.device
         must be such that it may be done twice, since an interrupt on the way makes it begin again.
     device : torch.device
         Whose generator of random numbers is kept, beside those of the CPU.
+    draws : callable
+        Whether the function has drawn on these: else they stay as they are, since other threads may have.
     """
     global _running
     with _LOCK:  # acquired and entered without a point between where Python would look for signals
@@ -147,19 +156,21 @@ def alone(function: Callable[[list[Callable[[], Any]]], T], device: torch.device
         outer, process = _running, None
         try:
             process = Process(device)
-            last = [process.restore, Generators(device).restore]
+            generators = Generators(device)
+            last = [process.restore, lambda: generators.restore() if draws() else None]
             _running = outer or process
             _ARITHMETIC.enter(process)
             return function(last)
-        except KeyboardInterrupt as error:
+        except BaseException as error:
             if process is not None:
                 process.interrupted = True
-            clear_frames(error)
+            if not isinstance(error, Exception):
+                clear_frames(error)
             raise
         finally:
             try:
                 _undo(last, outer)
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C, or whatever a handler of another signal raises
                 _undo(last, outer)
                 raise
 
@@ -176,7 +187,7 @@ def in_thread(function: Callable[[], T], device: torch.device) -> T:
     finally:
         try:
             before.restore()
-        except KeyboardInterrupt:
+        except BaseException:
             before.restore()
             raise
 
@@ -199,9 +210,11 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _undo(last: list[Callable[[], Any]], outer: Process | None) -> None:
+    """Each step, also where one fails."""
     global _running
-    for undo in last:
-        undo()
+    with contextlib.ExitStack() as stack:
+        for undo in reversed(last):
+            stack.callback(undo)
     _running = outer
 
 
@@ -231,7 +244,7 @@ def _settings() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
         "mha": (torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled),
         "anomaly": (
             (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-            lambda value: torch._C._set_anomaly_enabled(*value),
+            lambda value: torch.set_anomaly_enabled(*value),
         ),
         "gc": (gc.isenabled(), lambda value: gc.enable() if value else gc.disable()),
         "checkpoint": (
@@ -264,6 +277,8 @@ def _in_child() -> None:
     if not _LOCK._is_owned():
         _LOCK = threading.RLock()
         if _running is not None:
+            _running.interrupted = True
+            _running.leave_levels()
             _running.restore_settings()
             _running = None
 

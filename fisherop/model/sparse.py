@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from fisherop.compat import is_wrapped
+from fisherop.model.compat import is_wrapped
 
 _PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.mv}
 

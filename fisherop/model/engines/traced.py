@@ -1,9 +1,4 @@
-"""How products with a Jacobian are made: each engine differentiates a function of one tensor at a point.
-
-An engine is made of a function of the image that gives a flat response, the image, and that response. It has
-``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They are called
-without gradients being recorded. Where k = 1, nothing is vectorised.
-"""
+"""The products of one recording of a model, without what depends on the image alone."""
 
 from __future__ import annotations
 
@@ -14,13 +9,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fisherop.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
-from fisherop.rewrite import lower, simplify
-from fisherop.sparse import is_sparse, parts
-from fisherop.tape import Tape
-from fisherop.undisturbed import alone
+from fisherop.model.engines.lower import lower
+from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
+from fisherop.model.engines.plain import forward_mode, with_graph
+from fisherop.model.engines.simplify import simplify
+from fisherop.model.engines.tape import Tape
+from fisherop.model.sparse import is_sparse, parts
+from fisherop.model.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
@@ -31,8 +27,8 @@ _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh
 class Traced:
     """The operations of one J v and of one Jᵀu, without what depends on the image alone: that is computed once.
 
-    Both are recorded in one run of the model (`fisherop.tape`), simplified (`fisherop.rewrite`) and kept as programs
-    (`fisherop.programs`). Another image then costs a forward pass.
+    Both are recorded in one run of the model by a `Tape`, simplified, and kept as programs (`fisherop.model.programs`).
+    Another image then costs a forward pass.
 
     Attributes
     ----------
@@ -195,94 +191,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-class Functional:
-    """Dual numbers for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
-
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
-        self._respond = respond
-        self._image = image
-        self._graph = with_graph(respond, image)
-
-    def jvp(self, tangents: Tensor) -> Tensor:
-        if len(tangents) == 1:
-            return forward_mode(self._respond, self._image, tangents[0])[1][None]
-        images = self._image.expand(tangents.shape).contiguous()  # vmap has no rule for making dual numbers
-        return forward_mode(torch.func.vmap(self._respond), images, tangents)[1]
-
-    def vjp(self, cotangents: Tensor) -> Tensor:
-        return _gradients(*self._graph, cotangents)
-
-
-class DoubleBackward:
-    """For functions that have no forward mode: g(u) = Jᵀu is linear in u, and J v is the gradient of ⟨g(u), v⟩.
-
-    Both graphs, of the function and of g, are built once and kept.
-    """
-
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
-        self._graph = with_graph(respond, image)
-        with torch.enable_grad():
-            self._u = torch.zeros_like(self._graph[0], requires_grad=True)
-            (self._g,) = torch.autograd.grad(*self._graph, self._u, create_graph=True)
-
-    def jvp(self, tangents: Tensor) -> Tensor:
-        return _gradients(self._g, self._u, tangents)
-
-    def vjp(self, cotangents: Tensor) -> Tensor:
-        return _gradients(*self._graph, cotangents)
-
-
-ENGINES = {"traced": Traced, "functional": Functional, "double_backward": DoubleBackward}
-
-
-def forward_mode(respond: Callable[[Tensor], Tensor], image: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """The response and J v, flat, by PyTorch's dual numbers."""
-    with forward_ad.dual_level():
-        response, jv = forward_ad.unpack_dual(respond(forward_ad.make_dual(image, tangent)))
-    return response, torch.zeros_like(response) if jv is None else jv
-
-
-def with_graph(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
-    """The response with the graph of its computation, and the image that this starts from."""
-    with torch.enable_grad():
-        start = image.detach().requires_grad_()
-        response = respond(start)
-    if not response.requires_grad:
-        raise RuntimeError("the response has no gradient")
-    return response, start
-
-
 def _products(respond: Callable, image: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The response, J v and Jᵀu, by operations that a tape can hold."""
     with torch.autograd.set_detect_anomaly(False):  # which looks at every gradient
         response, jv = forward_mode(respond, image, v)
         (jtu,) = torch.autograd.grad(*with_graph(respond, image), u)
     return response, jv, jtu
-
-
-def _gradients(output: Tensor, wrt: Tensor, weights: Tensor) -> Tensor:
-    if len(weights) == 1:
-        return torch.autograd.grad(output, wrt, weights[0], retain_graph=True)[0][None]
-    return torch.autograd.grad(output, wrt, weights, retain_graph=True, is_grads_batched=True)[0]
-
-
-def advice(error: Exception) -> str:
-    """What to change in the model, where an engine rejects it for lack of a derivative or of a record."""
-    text = str(error)
-    if "jvp function" in text or "setup_context" in text:
-        return "; give the torch.autograd.Function a jvp beside its backward"
-    if "forward AD" in text or "forward-mode" in text.lower():
-        return "; write this step with operations that have a forward mode"
-    if isinstance(error, NotLinear):
-        return "; keep such steps to what doesn't depend on the image, or write them without"
-    return ""
-
-
-def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """J v at x, flat, by dual numbers."""
-    return forward_mode(respond, x, v)[1]
-
-
-def slope_by_backward(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """J v at x, flat, by differentiating the backward pass."""
-    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherop import checks
-from fisherop.compat import differentiable, uncompiled
-from fisherop.draws import Watch, another_seed
-from fisherop.guard import Guard
-from fisherop.sparse import SparseProducts
+from fisherop.model.compat import differentiable, uncompiled
+from fisherop.model.draws import Draws, Watch, another_seed, elsewhere
+from fisherop.model.guard import Guard
+from fisherop.model.sparse import SparseProducts
+
+_TRIES = 10  # calls of a model while other threads draw random numbers
 
 
 class Response:
@@ -30,6 +33,8 @@ class Response:
         The number of elements of each tensor that it consists of.
     sparse : bool
         Whether the model holds sparse tensors, whose products take a forward mode of ours.
+    draws : bool
+        Whether its calls were seen to draw on a global generator of random numbers.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +43,7 @@ class Response:
     def __init__(self, model: Callable[[Tensor], Any], *, sparse: bool = False) -> None:
         self.model = model
         self.sparse = sparse
+        self.draws = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The response to a copy of x, which an in-place first layer may change."""
@@ -114,9 +120,11 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
             if response.dtype != image.dtype:
                 raise TypeError(_unlike(image, response))
         except (RuntimeError, TypeError) as error:
+            respond.draws = not first.draws().none
             _check_dtype(image, respond.model, error)
             raise
         draws = first.draws()
+        respond.draws = not draws.none
     before.settle()
     settled = Guard(respond.model, like=before)
     if response.numel() == 0:
@@ -128,6 +136,9 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
         x = image.clone().requires_grad_()
         again = respond(x)
         draws_again = second.draws()
+    others = _drawn_by_others(respond, image, response, draws, draws_again)
+    draws, draws_again = draws.without(others), draws_again.without(others)
+    respond.draws = not (draws.none and draws_again.none)
     if not _depends_on(again, x):
         raise ValueError(
             "the model's response has no gradient with respect to the image: it does not depend on the image, or only "
@@ -156,6 +167,32 @@ def examine(respond: Response, image: Tensor, before: Guard) -> tuple[Examined, 
             "by model.eval() or in the model's forward"
         )
     return Examined(response, first.bytes, first.precision, first.detaches, has_fast_path), settled
+
+
+def _drawn_by_others(respond: Response, image: Tensor, response: Tensor, *draws: Draws) -> set[str]:
+    """Of Python's generator and NumPy's, which all threads share, those that another thread drew on.
+
+    It was another thread if there are others, and some call of the model leaves the generator as it is. If none does,
+    the response may be random, and would then have to be the same by chance at each of these calls.
+    """
+    seen = {name for one in draws for name, state in one.elsewhere.items() if state is not None}
+    others: set[str] = set()
+    if not seen or len(sys._current_frames()) == 1:
+        return others
+    for _ in range(_TRIES):
+        before = elsewhere()
+        with torch.no_grad():
+            again = respond(image)
+        now = elsewhere()
+        others |= {name for name in seen if now[name] == before[name]}
+        if others == seen:
+            return others
+        _check_same(response, again)
+    checks.warn(
+        f"at each of {_TRIES + 2} calls of the model, whose response stayed the same, something drew random numbers of "
+        f"{' and '.join(sorted(seen - others))}: another thread, or the model, which must not be random"
+    )
+    return seen
 
 
 def _has_fast_path(model: Callable[[Tensor], Any], image: Tensor, response: Tensor) -> bool:

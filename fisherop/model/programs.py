@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fisherop.contents import Contents
-from fisherop.engines import Program
+from fisherop.model.contents import Contents
+from fisherop.model.engines.traced import Program
 
 _MAX_KINDS = 4  # of images, for each module
 
@@ -18,7 +18,7 @@ class Kept(NamedTuple):
     """A program, and what the module held when it was recorded.
 
     `ignored` are the paths of tensors that the program doesn't read; `precision` is the machine epsilon of its least
-    precise step; `error` how far its J v was from PyTorch's.
+    precise step; `error` how far its J v was from PyTorch's; `draws` whether the model draws random numbers.
     """
 
     program: Program
@@ -26,6 +26,7 @@ class Kept(NamedTuple):
     ignored: frozenset[str]
     precision: float
     error: float
+    draws: bool
 
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -41,7 +42,9 @@ def recall(image: Tensor, model: Any, contents: Contents) -> Kept | None:
     return kept
 
 
-def keep(image: Tensor, model: Any, program: Program, contents: Contents, precision: float, error: float) -> None:
+def keep(
+    image: Tensor, model: Any, program: Program, contents: Contents, precision: float, error: float, draws: bool
+) -> None:
     """Let later images of this kind resume the program, once it has been found right."""
     if not _can_be_kept(model) or program.reads_image:
         return
@@ -52,7 +55,7 @@ def keep(image: Tensor, model: Any, program: Program, contents: Contents, precis
         del kinds[old]  # of the module as it was
     for old in list(kinds)[: max(0, len(kinds) + 1 - _MAX_KINDS)]:
         del kinds[old]
-    kinds[_kind(image)] = Kept(program, contents.released(), ignored, precision, error)
+    kinds[_kind(image)] = Kept(program, contents.released(), ignored, precision, error, draws)
 
 
 def forget(image: Tensor, model: Any) -> None:

@@ -8,7 +8,6 @@ every product.
 from __future__ import annotations
 
 import collections
-import functools
 import gc
 import math
 import operator
@@ -19,9 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, key_of, leaves, level_of, replace, values
-from fisherop.places import Place, as_slices, put, put_slices, shared, take, take_slices
-from fisherop.sparse import parts
+from fisherop.model.engines.nodes import (
+    IMAGE,
+    LINEAR,
+    STATIC,
+    Node,
+    NotLinear,
+    key_of,
+    leaves,
+    level_of,
+    replace,
+    values,
+)
+from fisherop.model.engines.places import Place, as_slices, put, put_slices, shared, take, take_slices
+from fisherop.model.engines.writes import functional, written
+from fisherop.model.sparse import parts
 
 aten = torch.ops.aten
 _COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default, aten.positive.default}
@@ -44,7 +55,6 @@ _BY_SHAPE = {  # operations that read of a tensor nothing but its shape
     *(getattr(aten, name).default for name in ("_new_zeros_with_same_feature_meta",) if hasattr(aten, name)),
 }
 _RESIZING = {aten.set_, aten.resize_, aten.resize_as_}
-_COMPARING = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
 _SMALL = 4096  # elements
 
 
@@ -308,7 +318,7 @@ class Tape:
             node = self.static(target.detach().clone())
         else:
             same = all(t.dtype == target.dtype for t in leaves((args, kwargs)) if isinstance(t, Tensor))
-            node = self._result(_functional(op, where, same), nodes, level, target)
+            node = self._result(functional(op, where, same), nodes, level, target)
         if torch.Tag.inplace_view in op.tags:
             self._remember(target, node)
         else:
@@ -347,39 +357,6 @@ def _level_seen(op: Callable, args: tuple, nodes: tuple, level: int, tensors: li
         return level_of([node for node, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in masks])
     sees = torch.Tag.dynamic_output_shape in op.tags or (not tensors and torch.Tag.data_dependent_output in op.tags)
     return level if sees else STATIC
-
-
-def written(op: Callable, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
-    """The tensors that an operation writes to, by position or name."""
-    found = {}
-    for i, a in enumerate(op._schema.arguments):
-        where = a.name if a.name in kwargs else i
-        value = kwargs.get(a.name, args[i] if i < len(args) else None)
-        if a.alias_info is not None and a.alias_info.is_write:
-            found |= {(where if len(leaves(value)) == 1 else (where, j)): t for j, t in enumerate(leaves(value))}
-    return {where: t for where, t in found.items() if isinstance(t, Tensor)}
-
-
-@functools.cache
-def _functional(op: Callable, where: int | str, same: bool) -> Callable:
-    """The operation that returns what `op` writes into its argument `where`: PyTorch's own, or `op` on a copy.
-
-    PyTorch's own gives another dtype where it compares, or where its arguments don't have the `same`.
-    """
-    name = op._schema.name.removeprefix("aten::")
-    packet = getattr(aten, name.removesuffix("_"), None)
-    keeps = name in ("copy_", "fill_", "zero_") or (same and torch.Tag.pointwise in op.tags and name not in _COMPARING)
-    keeps = keeps or torch.Tag.inplace_view in op.tags
-    if keeps and where == 0 and name.endswith("_") and packet and op._overloadname in packet.overloads():
-        return getattr(packet, op._overloadname)
-
-    def on_a_copy(*args: Any, **kwargs: Any) -> Tensor:
-        given = list(args) if isinstance(where, int) else kwargs
-        given[where] = given[where].clone()
-        op(*(given if isinstance(where, int) else args), **kwargs)
-        return given[where]
-
-    return on_a_copy
 
 
 def _same_layout(x: Any, y: Tensor) -> bool:

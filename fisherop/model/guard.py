@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fisherop.compat import is_wrapped
-from fisherop.sparse import is_opaque, parts
+from fisherop.model.compat import is_wrapped
+from fisherop.model.sparse import is_opaque, parts
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.ndarray, type)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "matplotlib", "fisherop"}

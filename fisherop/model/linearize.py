@@ -13,26 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherop import checks, programs
-from fisherop.compat import attempt, prepare_recording
-from fisherop.contents import Contents
-from fisherop.current import Current, warn
-from fisherop.engines import (
-    ENGINES,
-    DoubleBackward,
-    Functional,
-    Traced,
-    advice,
-    forward_mode,
-    slope,
-    slope_by_backward,
-)
-from fisherop.guard import Guard
-from fisherop.pickles import check_picklable
-from fisherop.response import Response, check_image, check_model, examine
-from fisherop.slopes import check_slope, norm
-from fisherop.trial import ROUNDINGS, check_close, check_products, random, vectorizes
-from fisherop.undisturbed import alone, in_thread
+from fisherop import checks
+from fisherop.checks import warn
+from fisherop.model import programs
+from fisherop.model.compat import attempt, prepare_recording
+from fisherop.model.contents import Contents
+from fisherop.model.current import Current
+from fisherop.model.engines import ENGINES, DoubleBackward, Functional, Traced, advice
+from fisherop.model.engines.plain import forward_mode, slope, slope_by_backward
+from fisherop.model.guard import Guard
+from fisherop.model.pickles import check_picklable
+from fisherop.model.response import Response, check_image, check_model, examine
+from fisherop.model.slopes import check_slope, norm
+from fisherop.model.trial import ROUNDINGS, check_close, check_products, random, vectorizes
+from fisherop.model.undisturbed import alone, in_thread
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
@@ -127,14 +121,14 @@ class Linearization:
         self._precision = torch.finfo(image.dtype).eps
         self._current: Current | None = None  # while the model is being looked at
         names = tuple(ENGINES) if engine == "auto" else (engine,)
-        alone(lambda last: self._build(image, names, chunk_size, last), image.device)
+        self._respond = Response(model)
+        alone(lambda last: self._build(image, names, chunk_size, last), image.device, self._draws)
         self.n_jvp = self.n_vjp = 0  # the cost of the checks is construction's, not the user's
 
     def _build(self, image: Tensor, names: tuple[str, ...], chunk_size: int | None, last: list[Callable]) -> None:
         prepare_recording()
         with torch.inference_mode(False), torch.no_grad():
             self.image = image.detach().clone()
-            self._respond = Response(self.model)
             contents = Contents(self.model)
             if not ("traced" in names and self._resume(contents, chunk_size, last)):
                 contents = self._examine(names, chunk_size, last)
@@ -150,6 +144,9 @@ class Linearization:
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearization:
         with torch.inference_mode(False):
             return type(self)(self.image, copy.deepcopy(self.model, memo), **self.options)
+
+    def _draws(self) -> bool:
+        return self._respond.draws
 
     def _resume(self, contents: Contents, chunk_size: int | None, last: list[Callable]) -> bool:
         """Take the program that an earlier image left, if there is one and it agrees with the model at this image.
@@ -171,6 +168,7 @@ class Linearization:
                 check_close("response", engine.response, response, self._respond.sizes, ROUNDINGS * eps)
                 self.response = response.clone().reshape(self._respond.shape)
                 self._precision = max(self._precision, kept.precision)
+                self._respond.draws = kept.draws
                 allowed = max(ROUNDINGS * eps, ROUNDINGS * kept.error)
                 self._check_engine(v, reference, chunk_size or engine.chunk_size, allowed)
         except (RuntimeError, ValueError) as error:
@@ -212,8 +210,8 @@ class Linearization:
         guard.restore()
         contents = Contents(self.model)
         if isinstance(self._engine, Traced):
-            error = self._trial.error
-            programs.keep(self.image, self.model, self._engine.program, contents, self._precision, error)
+            kept = contents, self._precision, self._trial.error, self._respond.draws
+            programs.keep(self.image, self.model, self._engine.program, *kept)
         return contents
 
     def _choose_engine(self, names: tuple[str, ...], chunk_size: int | None, bytes_: int, guard: Guard) -> None:
@@ -325,7 +323,9 @@ class Linearization:
             with attempt():
                 return self._by_chunks(multiply, block, shape, counter)
 
-        return (in_thread if isinstance(self._engine, Traced) else alone)(run, block.device)
+        if isinstance(self._engine, Traced):
+            return in_thread(run, block.device)
+        return alone(run, block.device, self._draws)
 
     def _by_chunks(
         self, multiply: Callable[[Tensor], Tensor], block: Tensor, shape: tuple[int, ...], counter: str
@@ -354,10 +354,10 @@ class Linearization:
             with torch.inference_mode(False), torch.no_grad():
                 return self._respond(image)
 
-        return alone(run, image.device)
+        return alone(run, image.device, self._draws)
 
     def check_current(self) -> None:
-        """Whether the model is still the one that was linearized, by all of it that is seen; see `fisherop.current`.
+        """Whether the model is still the one that was linearized, by all of it that is seen; see `Current`.
 
         Products look at the identity, place and version of its tensors alone.
         """

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,11 @@ class Draws(NamedTuple):
                 return (one or two)[0]
         return None
 
+    def without(self, names: Collection[str]) -> Draws:
+        """Leaving out what another thread has drawn elsewhere."""
+        elsewhere = {name: None if name in names else state for name, state in self.elsewhere.items()}
+        return self._replace(elsewhere=elsewhere)
+
     @property
     def none(self) -> bool:
         """Whether nothing was drawn."""
@@ -65,7 +70,7 @@ class Watch(TorchDispatchMode):
         self.bytes = 0
         self.precision = 0.0
         self._draws: list[tuple[str, bytes]] = []
-        self._start, self._before = _state(None, None), _elsewhere()
+        self._start, self._before = _state(None, None), elsewhere()
         self._calls = _Calls()
 
     @property
@@ -73,7 +78,7 @@ class Watch(TorchDispatchMode):
         return self._calls.detaches
 
     def draws(self) -> Draws:
-        now, before = _elsewhere(), self._before
+        now, before = elsewhere(), self._before
         return Draws(self._draws, self._start, {name: now[name] if now[name] != before[name] else None for name in now})
 
     def __enter__(self):
@@ -119,13 +124,10 @@ def _state(generator: torch.Generator | None, device: torch.device | None) -> by
     return hashlib.blake2b(state.numpy().tobytes()).digest()
 
 
-def _elsewhere() -> dict[str, bytes]:
-    states = {"Python's random": random.getstate(), "numpy.random": np.random.get_state()}  # noqa: NPY002
-    return {name: hashlib.blake2b(repr(_plain(state)).encode()).digest() for name, state in states.items()}
-
-
-def _plain(state: tuple) -> list:
-    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in state]
+def elsewhere() -> dict[str, bytes]:
+    """The states of Python's generator and of NumPy's."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    return {"Python's random": repr(python).encode(), "numpy.random": numpy[1].tobytes() + repr(numpy[2:]).encode()}
 
 
 @contextlib.contextmanager
