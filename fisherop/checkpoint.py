@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,16 +28,18 @@ from fisherop.fields import (
     wrong,
 )
 from fisherop.files import fingerprint, response_difference, same_response, unpack, write
+from fisherop.krylov.bounds import Bounds
+from fisherop.krylov.search import Found, Search, Start
 from fisherop.model.linearize import Linearization
-from fisherop.result import ConvergenceError, EigenResult
+from fisherop.result import ConvergenceError, EigenResult, Nullity
 
 _RARELY = 20  # times what the last write took, at least, until the next
 _STREAMS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 _FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
-# attributes of a search that are single numbers, not negative
-_FLOATS = ("largest", "chance", "accepted")
-_INTS = ("starts", "restarts", "probes", "fresh", "seen", "p")
-_OF_SPACE = {"scale": float, "noise": float, "is_restarted": bool}
+_VERSION = 2
+# single numbers, not negative
+_FLOATS = ("largest", "chance", "accepted", "spent", "scale", "noise")
+_INTS = ("starts", "restarts", "probes", "fresh", "seen", "is_restarted")
 _FIELDS: dict[str, Field] = {
     "checkpoint": Field(_INT),
     "response_size": Field(_INT),
@@ -50,9 +53,6 @@ _FIELDS: dict[str, Field] = {
     "t": Field(_FLOAT, ("m", "m")),
     "c": Field(_FLOAT, ("b", "m")),
     "shares": Field(_FLOAT, ("s", None)),
-    "scale": Field(_FLOAT),
-    "noise": Field(_FLOAT),
-    "is_restarted": Field(_INT),
     "random": Field(None, ("r", "N")),
     "found_vectors": Field(None, ("f", "N")),
     "found_values": Field(_FLOAT, ("f",)),
@@ -60,9 +60,8 @@ _FIELDS: dict[str, Field] = {
     "fixed": Field(None, ("q", "N")),
     "fixed_values": Field(_FLOAT, ("q",)),
     "phase": Field(TEXT),
-    "bounds": Field(_FLOAT, (None,)),
+    "bounds": Field(_FLOAT, (2,)),
     "nullity": Field(_FLOAT, (None,)),
-    "spent": Field(_FLOAT),
     "rng": Field(TEXT),
     "history": Field(TEXT, most_bytes=2**28),
     **{name: Field(_FLOAT) for name in _FLOATS},
@@ -104,7 +103,7 @@ class Checkpoint:
             The file is damaged, or holds another search than this; the message says what differs.
         """
         self.identity = {
-            "checkpoint": 1,
+            "checkpoint": _VERSION,
             "image": lin.image.cpu().numpy(),
             "response_size": lin.response_size,
             "response_fingerprint": fingerprint(lin.response),
@@ -154,7 +153,7 @@ class Checkpoint:
             if fields[name] != self.identity[name]:
                 raise ValueError(f"{self.path} is of a search with {name}={fields[name]}, not {self.identity[name]}")
 
-    def attach(self, search: Any) -> None:
+    def attach(self, search: Search) -> None:
         """Write this search from now on; if a file was read, let the search go on from it.
 
         Raises
@@ -167,17 +166,17 @@ class Checkpoint:
             _restore(search, kept)
             error, size = _mismatch(search)
             # what is more than rounding, and more than the tolerance leaves, would refute in the end what is found
-            rounding = max(search.space.eps, search.lin.mismatch)
+            rounding = max(search.goal.eps, search.J.mismatch)
             if not error <= min(rounding**0.5, max(100 * rounding, float(self.asked["tol"]) / 10)) * size:
                 raise self._refusal(
                     f"{self.path} is of another model: F times a vector differs by {error:.2g} from what it says"
                 )
             if search.phase == "main":
-                search.main = search.space
+                search.main = search.fact
             self.due = time.monotonic() + self.seconds
-        search.checkpoint = self
+        search.log.checkpoint = self
 
-    def offer(self, search: Any, at_once: bool = False) -> None:
+    def offer(self, search: Search, at_once: bool = False) -> None:
         """Write the search if it is time to, or at once.
 
         Raises
@@ -237,40 +236,45 @@ def keeping(
         state.pop("checkpoint", None)  # another thread may have taken it
 
 
-def _contents(search: Any) -> dict[str, ArrayLike]:
-    space = search.space
+def _contents(search: Search) -> dict[str, ArrayLike]:
+    fact, log, start = search.fact, search.log, search.start
     stream = search.rng.bit_generator.state
     if stream["bit_generator"] not in _STREAMS:
         raise TypeError(f"rng must be of {', '.join(_STREAMS)} to be written, got {stream['bit_generator']}")
-    nothing = space.rows[:0]
-    values, residuals, vectors = search.found or (np.empty(0), np.empty(0), nothing)
-    is_main = search.phase == "main"
+    nothing = Found(np.empty(0), np.empty(0), fact.storage[:0])
+    found, fixed = search.found or nothing, search.fixed or nothing
     rows = {
-        "v": space.v,
-        "w": space.w,
-        "random": nothing if search.random is None else search.random,
-        "found_vectors": vectors,
-        "fixed": nothing if is_main else search.fixed,
+        "v": fact.v,
+        "w": fact.w,
+        "random": nothing.rows if start.vectors is None else start.vectors,
+        "found_vectors": found.rows,
+        "fixed": fixed.rows,
     }
     return {
         **{name: block.cpu().numpy() for name, block in rows.items()},
-        **{name: float(getattr(search, name)) for name in _FLOATS},
-        **{name: int(getattr(search, name)) for name in _INTS},
-        "t": space.t,
-        "c": space.c,
-        "shares": space.padded_shares(),
-        "scale": float(space.scale),
-        "noise": float(space.noise),
-        "is_restarted": int(space.is_restarted),
-        "found_values": values,
-        "found_residuals": residuals,
-        "fixed_values": np.empty(0) if is_main else search.fixed_theta,
+        "t": fact.t,
+        "c": fact.c,
+        "shares": np.empty((0, 0)) if fact.shares is None else fact.shares,
+        "scale": float(fact.scale),
+        "noise": float(fact.noise),
+        "is_restarted": int(fact.shares is None),
+        "found_values": found.values,
+        "found_residuals": found.norms,
+        "fixed_values": fixed.values,
         "phase": search.phase,
-        "bounds": np.array(search.bounds or (), dtype=np.float64),
-        "nullity": np.array(search.nullity or (), dtype=np.float64),
-        "spent": float(search.lin.n_products - search.before),
+        "seen": search.n_seen,
+        "starts": start.count,
+        "accepted": float(start.accepted),
+        "largest": float(log.largest),
+        "restarts": log.restarts,
+        "probes": log.probes,
+        "fresh": log.fresh,
+        "chance": float(search.chance),
+        "bounds": np.array([search.bounds.low, search.bounds.high]),
+        "nullity": np.array([] if search.nullity is None else dataclasses.astuple(search.nullity)),
+        "spent": float(search.J.n_products - log.before),
         "rng": json.dumps(stream, default=np.ndarray.tolist),
-        "history": json.dumps(search.history, default=np.ndarray.tolist),
+        "history": json.dumps(log.history, default=np.ndarray.tolist),
     }
 
 
@@ -281,10 +285,10 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
     for name, array in fields.items():
         if array.dtype.kind == "f" and name != "bounds" and not np.isfinite(array).all():
             raise wrong(path, name, "holds infinity")
-        if name in (*_FLOATS, *_INTS, "spent", "scale", "noise") and array < 0:
+        if name in (*_FLOATS, *_INTS) and array < 0:
             raise wrong(path, name, f"is negative: {array}")
-    if fields["checkpoint"] != 1:
-        raise ValueError(f"{path} is a checkpoint of format {fields['checkpoint']}, not 1: update fisherop")
+    if fields["checkpoint"] != _VERSION:
+        raise ValueError(f"{path} is a checkpoint of format {fields['checkpoint']}, not {_VERSION}: update fisherop")
     phase, m, b, q, f = str(fields["phase"]), *(sizes[name] for name in "mbqf")
     if phase not in ("main", "probe", "join"):
         raise wrong(path, "phase", f"must be 'main', 'probe' or 'join', not {phase[:80]!r}")
@@ -301,7 +305,7 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
     for name in ("largest", "noise"):
         if not fields[name] <= 2 * (m + 1) * size:
             raise wrong(path, name, f"doesn't fit t and the values found, of at most {size}: {fields[name]}")
-    for name, least in (("starts", 1), ("p", 1), ("fresh", 0)):
+    for name, least in (("starts", 1), ("fresh", 0)):
         if not least <= fields[name] <= sizes["N"]:
             raise wrong(path, name, f"must be from {least} to N, not {fields[name]}")
     if not np.allclose(fields["t"], fields["t"].T, rtol=1e-9, atol=1e-9 * np.abs(fields["t"]).max(initial=0.0)):
@@ -313,9 +317,10 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
     for name in ("found_values", "fixed_values"):
         if (np.diff(fields[name]) < 0).any():
             raise wrong(path, name, "must be in ascending order")
-    for name in ("bounds", "nullity"):
-        if fields[name].shape not in ((0,), (2,)) or (fields[name] < 0).any():
-            raise wrong(path, name, f"must be none or two numbers from 0, not {fields[name]}")
+    if fields["nullity"].shape not in ((0,), (2,)) or (fields["nullity"] < 0).any():
+        raise wrong(path, "nullity", f"must be none or two numbers from 0, not {fields['nullity']}")
+    if not 0 <= fields["bounds"][0] <= fields["bounds"][1]:
+        raise wrong(path, "bounds", f"must be an interval of numbers from 0, not {fields['bounds']}")
     checks: dict[str, Callable[[Any], Any]] = {
         "rng": lambda text: _stream(text),
         "history": lambda text: parse_history(parse_json(text, list)),
@@ -349,36 +354,37 @@ def _stream(text: str) -> np.random.Generator:
     return np.random.Generator(generator)
 
 
-def _restore(search: Any, kept: Mapping[str, NDArray]) -> None:
-    space = search.space
+def _restore(search: Search, kept: Mapping[str, NDArray]) -> None:
+    fact, log = search.fact, search.log
     search.main = None  # until all is there, and has been compared with the model
-    search.spent = search.earlier = float(kept["spent"])
-    search.before = search.lin.n_products - search.spent
-    for name in _FLOATS:
-        setattr(search, name, float(kept[name]))
-    for name in _INTS:
-        setattr(search, name, int(kept[name]))
-    search.phase = str(kept["phase"])
-    search.bounds, search.nullity = (tuple(kept[name].tolist()) or None for name in ("bounds", "nullity"))
-    search.rng, search.history = _stream(kept["rng"].item()), parse_history(json.loads(kept["history"].item()))
-    rows = {name: space.tensor(kept[name]) for name in ("v", "w", "random", "found_vectors", "fixed")}
-    search.random = rows["random"] if len(rows["random"]) else None
+    numbers = {name: kept[name].item() for name in (*_FLOATS, *_INTS)}
+    for name in ("largest", "restarts", "probes", "fresh"):
+        setattr(log, name, numbers[name])
+    log.earlier, log.before = numbers["spent"], search.J.n_products - numbers["spent"]
+    log.history = parse_history(json.loads(kept["history"].item()))
+    search.phase, search.n_seen, search.chance = kept["phase"].item(), numbers["seen"], numbers["chance"]
+    search.bounds, search.rng = Bounds(*kept["bounds"].tolist()), _stream(kept["rng"].item())
+    search.nullity = Nullity(*kept["nullity"].tolist()) if kept["nullity"].size else None
+    rows = {name: fact.tensor(kept[name]) for name in ("v", "w", "random", "found_vectors", "fixed")}
+    vectors = rows["random"] if len(rows["random"]) else None
+    search.start = Start(vectors, numbers["starts"], numbers["accepted"])
     if search.phase != "main":
-        search.found = kept["found_values"], kept["found_residuals"], rows["found_vectors"]
-        search.fixed, search.fixed_theta = rows["fixed"], kept["fixed_values"]
-    space.begin(search.given, *([search.fixed] if search.phase == "probe" else []))
-    space.scale, space.noise, space.is_restarted = (kind(kept[name]) for name, kind in _OF_SPACE.items())
-    space.restore(rows["v"], rows["w"], kept["t"], kept["c"], kept["shares"])
+        search.found = Found(kept["found_values"], kept["found_residuals"], rows["found_vectors"])
+        search.fixed = Found(kept["fixed_values"], np.zeros_like(kept["fixed_values"]), rows["fixed"])
+    fact.reset(search.given, *([search.fixed.rows] if search.phase == "probe" else []))
+    fact.scale, fact.noise = numbers["scale"], numbers["noise"]
+    fact.restore(rows["v"], rows["w"], kept["t"], kept["c"], None if numbers["is_restarted"] else kept["shares"])
 
 
-def _mismatch(search: Any) -> tuple[float, float]:
+def _mismatch(search: Search) -> tuple[float, float]:
     """‖F V y − V T y − W C y‖ for a random y of unit norm, by one product, and the size of T."""
-    space = search.space
-    if space.m == 0:
+    fact = search.fact
+    if fact.m == 0:
         return 0.0, 0.0
-    y = np.random.default_rng(1).standard_normal(space.m)
+    y = np.random.default_rng(1).standard_normal(fact.m)
     y /= np.linalg.norm(y)
-    _, product = space.multiply(space.vectors(y[:, None]))
-    product = product - (product @ space.rows[: space.n_fixed].T) @ space.rows[: space.n_fixed]
-    expected = space.vectors(space.t @ y[:, None]) + space.tensor(space.c @ y[:, None]).T @ space.w
-    return float(torch.linalg.vector_norm((product - expected).double())), float(np.abs(space.t).max())
+    _, product = fact.multiply(fact.vectors(y[:, None]))
+    locked = fact.storage[: fact.n_locked]
+    product = product - (product @ locked.T) @ locked
+    expected = fact.vectors(fact.t @ y[:, None]) + fact.tensor(fact.c @ y[:, None]).T @ fact.w
+    return float(torch.linalg.vector_norm((product - expected).double())), float(np.abs(fact.t).max())

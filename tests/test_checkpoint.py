@@ -89,7 +89,7 @@ def test_the_first_step_of_each_phase_goes_on(tmp_path, monkeypatch, phase):
     def stop(self, search, at_once=False):
         offer(self, search, at_once)
         if search.phase == phase and not seen:
-            seen.append(search.lin.n_products - search.before)
+            seen.append(search.J.n_products - search.log.before)
             raise Killed
 
     monkeypatch.setattr(fisherop.checkpoint.Checkpoint, "offer", stop)

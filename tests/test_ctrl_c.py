@@ -1,6 +1,5 @@
 """Ctrl-C: it ends in KeyboardInterrupt, what was found is kept, and the next call is right."""
 
-import importlib
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisherop import Eigendistortion, FisherOperator, eigenpairs
+from fisherop.krylov import lanczos
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 SIGMA = np.r_[3.5, 3.5, np.linspace(3, 1, 115), 0.3, 0.3, 0.2]
@@ -271,15 +271,14 @@ def test_a_script_ends_as_python_ends_on_ctrl_c():
 @pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
 def test_an_interrupt_in_a_restart_waits_for_its_end(monkeypatch):
     """V is changed in place there, so that nothing could be kept."""
-    module = importlib.import_module("fisherop.solvers.golub_kahan")
-    combine, sent = module._combine, []
+    combine, sent = lanczos.combine, []
 
     def interrupted(rows, y):
         if len(y) > 5 and not sent:  # of a restart
             sent.append(os.kill(os.getpid(), signal.SIGINT))
         return combine(rows, y)
 
-    monkeypatch.setattr(module, "_combine", interrupted)
+    monkeypatch.setattr(lanczos, "combine", interrupted)
     ed = distortion()
     with pytest.raises(KeyboardInterrupt):
         ed.synthesize(k=3, rng=0, progress=False, method="golub_kahan", max_basis=45)

@@ -1,0 +1,236 @@
+"""The block Lanczos factorization of F, from products with J."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.jacobian import check_size
+from fisherop.krylov.bounds import RitzPairs
+from fisherop.krylov.orthogonalize import combine, eigh, inner, orthonormalize, orthonormalize_beside, project
+from fisherop.model.undisturbed import uninterrupted
+
+_EPS64 = float(np.finfo(np.float64).eps)
+
+
+class _Relation(NamedTuple):
+    """All but V, which are the first rows of the storage: published by one assignment, so that an interrupt finds a
+    relation that holds."""
+
+    w: Tensor
+    t: NDArray[np.float64]
+    c: NDArray[np.float64]
+    shares: NDArray[np.float64] | None
+
+
+class LanczosFactorization:
+    """F V = V T + W C: orthonormal columns V (N, m), the next block W (N, b), T = VᵀF V (m, m), C (b, m).
+
+    Vectors are kept as rows. F stands for P F P / scale², P a projection on the complement of the locked vectors, and
+    `scale` keeps norms from overflow.
+
+    Parameters
+    ----------
+    J : Linearization
+        Or what stands for one.
+    locked : Tensor, shape (q, N)
+        Orthonormal.
+    storage : Tensor, shape (q + capacity, N)
+        Memory for the locked vectors and V.
+    scale : float
+        0 where it isn't known yet: then the first product tells.
+
+    Attributes
+    ----------
+    n, capacity : int
+        The dimension of the complement, and how many vectors V may have.
+    w, t, c : Tensor, ndarray, ndarray
+    shares : ndarray, shape (p, at most m + b), or None
+        The random unit vectors that joined, in the coordinates of V and W. None after a restart, which loses them.
+    noise : float
+        Of F v, the part of rounding along one unit vector, in the units of T.
+    """
+
+    def __init__(self, J: Any, locked: Tensor, storage: Tensor, scale: float = 0.0) -> None:
+        self.J = J
+        self.storage = storage
+        self._block = locked[:0]
+        self.scale = scale
+        self.noise = 0.0
+        self.eps = torch.finfo(locked.dtype).eps
+        self.reset(locked)
+
+    def reset(self, *locked: Tensor) -> None:
+        """Empty, beside what is locked now, in the same memory."""
+        self.n_locked = 0
+        self._publish(self._block[:0], np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0)))
+        for rows in locked:
+            self.storage[self.n_locked : self.n_locked + len(rows)] = rows
+            self.n_locked += len(rows)
+        self.n = self.J.image_size - self.n_locked
+        self.capacity = min(len(self.storage) - self.n_locked, self.n)
+
+    def restore(self, v: Tensor, w: Tensor, t: NDArray, c: NDArray, shares: NDArray | None) -> None:
+        """As it once was, beside what is locked now."""
+        self.storage[self.n_locked : self.n_locked + len(v)] = v
+        self._publish(self._buffered(w), t, c, shares)
+
+    def move(self, storage: Tensor) -> None:
+        """To other memory."""
+        used = self.n_locked + self.m
+        storage[:used] = self.storage[:used]
+        self.storage, self.capacity = storage, min(len(storage) - self.n_locked, self.n)
+
+    def _publish(self, w: Tensor, t: NDArray, c: NDArray, shares: NDArray | None) -> None:
+        self._relation = _Relation(w, t, c, shares)
+
+    def _buffered(self, w: Tensor) -> Tensor:
+        """In one place: new memory for W at every step would leave holes between older pieces."""
+        if len(w) > len(self._block):
+            self._block = torch.empty_like(w)
+        return self._block[: len(w)].copy_(w)
+
+    @property
+    def m(self) -> int:
+        return len(self.t)
+
+    @property
+    def v(self) -> Tensor:
+        return self.storage[self.n_locked : self.n_locked + self.m]
+
+    @property
+    def w(self) -> Tensor:
+        return self._relation.w
+
+    @property
+    def t(self) -> NDArray[np.float64]:
+        return self._relation.t
+
+    @property
+    def c(self) -> NDArray[np.float64]:
+        return self._relation.c
+
+    @property
+    def shares(self) -> NDArray[np.float64] | None:
+        """With zeros for what has joined V and W since."""
+        shares = self._relation.shares
+        return shares if shares is None else np.pad(shares, ((0, 0), (0, self.m + len(self.w) - shares.shape[1])))
+
+    @property
+    def is_empty(self) -> bool:
+        return self.m + len(self.w) == 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether V spans the whole complement, so that T has all eigenvalues of F there."""
+        return self.m == self.n
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether V is invariant, so that it takes another vector to go on."""
+        return len(self.w) == 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.m + len(self.w) > self.capacity
+
+    def tensor(self, array: NDArray | Tensor) -> Tensor:
+        return torch.as_tensor(array, dtype=self.storage.dtype, device=self.storage.device)
+
+    def extend(self, block: Tensor, random_part: float = 1.0) -> None:
+        """Let vectors (p, N) join W, of which so large a part is random; F V has no part in them."""
+        unit = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        new = block / torch.linalg.vector_norm(block, dim=1).max()
+        for _ in range(2):
+            project(new, self.storage[: self.n_locked + self.m])
+            project(new, self.w)
+            new, _ = orthonormalize(new, floor=100 * self.eps)
+        w = torch.cat([self.w, new])[: self.n - self.m]
+        c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(w)]
+        shares = self.shares
+        if shares is not None:
+            shares = np.pad(shares, ((0, 0), (0, len(w) - len(self.w))))
+        if random_part > 0 and shares is not None:
+            joined = np.hstack([inner(unit, self.v), inner(unit, w)])
+            beside = 1 - np.square(inner(unit, self.storage[: self.n_locked])).sum(axis=1)  # what is locked
+            beside, length = np.sqrt(beside.clip(min=0.0)), np.linalg.norm(joined, axis=1)
+            is_inside = length > 0.99 * beside
+            joined = joined[is_inside] / (random_part * length[is_inside, None])
+            shares = np.vstack([shares, joined])
+        self._publish(self._buffered(w), self.t, c, shares)
+
+    def expand(self) -> None:
+        """W becomes part of V; what F makes of it, beyond V, becomes W."""
+        m, b, w, shares = self.m, len(self.w), self.w, self._relation.shares
+        images, fw = self.multiply(w)
+        h = inner(images, images)
+        # W ← F W − V Cᵀ − W H: what is known of F W is its part in V, by symmetry, and in W
+        linked = slice(np.flatnonzero(self.c.any(axis=0))[0], m) if self.c.any() else slice(0, 0)
+        fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
+        basis = self.storage[: self.n_locked + m + b]
+        basis[self.n_locked + m :] = w  # beyond what is published
+        overlaps = []
+        for _ in range(3):  # reorthogonalization
+            before = torch.linalg.vector_norm(fw, dim=1)
+            overlaps.append(project(fw, basis))
+            if bool((torch.linalg.vector_norm(fw, dim=1) > 0.5 * before).all()):
+                break
+        t = np.block([[self.t, self.c.T], [self.c, h]])
+        size = np.abs(t).max()
+        # F W has no part in what it isn't linked to, so that the first overlaps there are rounding
+        rounding = overlaps[0][:, self.n_locked : self.n_locked + linked.start].abs().max() if linked.start else 0.0
+        self.noise = max(self.noise, float(rounding), 4 * self.eps / self.n**0.5 * size)
+        # also what is rounding in float32 stays: a direction that is dropped may hold what is beyond the Ritz values
+        w, r = orthonormalize_beside(fw, basis, floor=_EPS64 * size)
+        w, r = w[: self.n - m - b], r[: self.n - m - b]
+        self._publish(basis[self.n_locked + m :], self.t, self.c, shares)  # the old one, and its buffer is free
+        self._publish(self._buffered(w), t, np.hstack([np.zeros((len(r), m)), r]), shares)
+
+    def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """J times rows, and F times rows, before the projection."""
+        images = self.J.jvp(rows.reshape(len(rows), *self.J.image_shape))
+        if self.scale == 0:
+            self.scale = float(images.double().norm()) or 1.0
+            check_size(max(self.scale, 1.0), str(rows.dtype).removeprefix("torch."))
+        images /= self.scale
+        return images, self.J.vjp(images).reshape(len(rows), -1).div_(self.scale)
+
+    def ritz(self) -> RitzPairs:
+        theta, y = eigh(self.t)
+        residuals = (torch.from_numpy(self.c) @ torch.from_numpy(y)).numpy()
+        start, shares = None, self.shares
+        if shares is not None:  # those that have come into V
+            start = shares[~shares[:, self.m :].any(axis=1), : self.m]
+        return RitzPairs(theta, residuals, y, start, self.n, self.noise, self.eps)
+
+    def vectors(self, y: NDArray) -> Tensor:
+        """V y, as rows, for coefficients in columns."""
+        return self.tensor(y.T) @ self.v
+
+    def restart(self, low: int, high: int, shift: float) -> None:
+        """Keep the smallest and the largest harmonic Ritz vectors, of F + shift, and what continues from them.
+
+        With A = T + shift and K = [A; C] they satisfy A q = μ KᵀK q. Where A = L Lᵀ, the right singular vectors of
+        [L; C L⁻ᵀ] are Lᵀq, accurate at both ends. For kept vectors Q the residuals of F V Q lie in W − V A⁻¹ Cᵀ,
+        orthogonalized to V Q.
+        """
+        t, c = torch.from_numpy(self.t), torch.from_numpy(self.c)
+        factor = torch.linalg.cholesky(t + shift * torch.eye(self.m, dtype=t.dtype, device=t.device))
+        beside = torch.linalg.solve_triangular(factor, c.T, upper=False).T
+        z = torch.linalg.svd(torch.cat([factor, beside]), full_matrices=False)[2].T
+        kept = torch.linalg.solve_triangular(factor.T, z[:, np.r_[:high, self.m - low : self.m]], upper=True)
+        q = torch.linalg.qr(kept / torch.linalg.vector_norm(kept, dim=0))[0]
+        with uninterrupted():
+            v, w = self.v, self._buffered(self.w)
+            self._publish(w[:0], np.empty((0, 0)), np.empty((0, 0)), None)  # an error on the way leaves it empty
+            w.addmm_(self.tensor(torch.cholesky_solve(c.T, factor).T), v, alpha=-1)
+            t = q.T @ t @ q
+            basis = self.storage[: self.n_locked + len(combine(v, self.tensor(q.T)))]
+            for _ in range(2):
+                project(w, basis)
+            w, r = orthonormalize_beside(w, basis, floor=0.0)
+            self._publish(w, ((t + t.T) / 2).numpy(), r @ (c @ q).numpy(), None)

@@ -1,0 +1,88 @@
+"""Blocks of vectors, kept as rows: projected, made orthonormal, combined.
+
+Vectors have the dtype of the image, sums of their products are float64. Classical Gram–Schmidt is repeated until little
+is left to remove: J. W. Daniel, W. B. Gragg, L. Kaufman and G. W. Stewart, Reorthogonalization and stable algorithms
+for updating the Gram–Schmidt QR factorization, Math. Comp. 30 (1976).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_PIECE = 2**12  # columns in one sum
+_SLAB = 2**16  # columns that go through temporary memory at a time
+
+
+def project(block: Tensor, basis: Tensor) -> Tensor:
+    """Leave, of each row, what is orthogonal to the rows of an orthonormal basis; the inner products of before."""
+    # A sum in float32 that holds one large product loses the small ones that come after it: by pieces, each from zero.
+    n = block.shape[1] // _PIECE * _PIECE
+    pieces, others = (rows[:, :n].unflatten(1, (-1, _PIECE)) for rows in (block, basis))
+    overlaps = torch.bmm(pieces.transpose(0, 1), others.permute(1, 2, 0)).sum(dim=0, dtype=torch.float64)
+    overlaps += block[:, n:] @ basis[:, n:].T
+    block.addmm_(overlaps.to(block.dtype), basis, alpha=-1)
+    return overlaps
+
+
+def combine(rows: Tensor, y: Tensor) -> Tensor:
+    """y times the first rows, in y's precision, in their place, since they may be all the memory that there is."""
+    for columns in rows.split(_SLAB, dim=1):
+        columns[: len(y)] = y @ columns[: y.shape[1]].to(y.dtype)
+    return rows[: len(y)]
+
+
+def inner(a: Tensor, b: Tensor) -> NDArray[np.float64]:
+    """Inner products of rows."""
+    if a is b and len(a) == 1:
+        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square()[:, None].cpu().numpy()
+    slabs = zip(a.split(_SLAB, dim=1), b.split(_SLAB, dim=1), strict=True)
+    return sum(x.double() @ y.double().T for x, y in slabs).cpu().numpy()
+
+
+def orthonormalize(block: Tensor, floor: float) -> tuple[Tensor, NDArray[np.float64]]:
+    """Q in the place of `block`, and C, with block = Q C; without directions shorter than `floor`."""
+    if len(block) == 1:
+        s, right = np.sqrt(inner(block, block))[0], np.ones((1, 1))
+    else:
+        _, s, right = np.linalg.svd(triangle(block), full_matrices=False)
+    s, right = s[s > floor, None], right[s > floor]
+    return combine(block, torch.as_tensor(right / s, device=block.device)), s * right
+
+
+def orthonormalize_beside(block: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, NDArray[np.float64]]:
+    """The same, and Q orthogonal to the rows of an orthonormal basis, to which a long direction of the block was."""
+    block, c = orthonormalize(block, floor)
+    kept = 0.0 if len(block) > 1 else 1.0  # of the shortest vector
+    while kept < 0.9:
+        project(block, basis)
+        block, again = _reorthonormalize(block)
+        c, kept = again @ c, np.abs(np.diag(again)).min(initial=1.0)
+    return block, c
+
+
+def _reorthonormalize(block: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+    """Q and R of unit vectors that are nearly orthogonal but for the last, which come from rounding and are left out.
+
+    Each vector keeps its direction beside those before it, so that a longer one loses nothing to shorter ones.
+    """
+    r = triangle(block)
+    count = int(np.cumprod(np.abs(np.diag(r)) > 0.5).sum())
+    return combine(block, torch.as_tensor(np.linalg.inv(r[:count, :count]).T, device=block.device)), r[:count]
+
+
+def triangle(block: Tensor) -> NDArray[np.float64]:
+    """R of the QR factorization of the columns whose rows these are: a tall-skinny one, slab by slab."""
+    r = block.new_empty(0, len(block), dtype=torch.float64)
+    for columns in block.split(_SLAB, dim=1):
+        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
+    return r.cpu().numpy()
+
+
+def eigh(t: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues, ascending, and eigenvectors, in columns, of a small symmetric matrix."""
+    # by torch: NumPy's own threads contend with torch's for the cores, at up to 5 × the time
+    values, vectors = torch.linalg.eigh(torch.from_numpy(t))
+    return values.numpy(), vectors.numpy()
