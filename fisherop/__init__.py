@@ -7,6 +7,7 @@ from fisherop.model.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
 from fisherop.solve import eigenpairs
+from fisherop.triplets import SingularTriplets, singular_triplets
 
 __version__ = "0.1.0"
 
@@ -19,9 +20,11 @@ __all__ = [
     "JacobianOperator",
     "LayerResponse",
     "Linearization",
+    "SingularTriplets",
     "SolverStopped",
     "Status",
     "certify",
     "eigenpairs",
     "linearize",
+    "singular_triplets",
 ]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fisherop import checks
-from fisherop.jacobian import counted, scaled
+from fisherop.operators import counted, scaled
 from fisherop.result import EigenResult, Evidence, Status
 from fisherop.sample import Sample
 
@@ -107,7 +107,7 @@ def certify(
     evidence = Evidence("stated", text=ground) if isinstance(ground, str) else ground
     dtype, eps = operator.dtype, float(np.finfo(operator.dtype).eps)
     if against is not None:
-        operator.linearization.check_current()
+        operator.products.check_current()
         operator, sample, bounds = judging(operator, against), None, (0.0, np.inf)
         evidence = evidence and dataclasses.replace(evidence, dtype=str(dtype))
         details["against"] = f"judged by products in {operator.dtype}"
@@ -319,6 +319,8 @@ def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> 
 def judging(operator: Any, against: Any) -> Any:
     """The Fisher operator that judges in the place of another."""
     if isinstance(against, torch.dtype):
+        if not hasattr(operator, "linearization"):
+            checks.refuse(TypeError, "against", "a FisherOperator, for an operator that is of no model", against)
         checks.moved("against", operator.linearization.image, against)
         return operator.to(against)
     judge = getattr(against, "fisher", against)

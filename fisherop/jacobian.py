@@ -1,100 +1,177 @@
-"""Jacobians made of others: times a number, where F would leave the range of the dtype; with counters of their own."""
+"""The one protocol: what multiplies blocks of rows with J and Jᵀ is a Jacobian, and so is what is made of others."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from scipy.sparse import issparse
 from torch import Tensor
+
+from fisherop import checks
 
 # Of log₂ ‖J‖, by dtype. Within the first, ‖J‖⁴, which the norm of F v takes, leaves room in the dtype. The second is
 # what J v can be held in for N up to 2²⁴, and what the eigenvalues ‖J v‖² can be held in as float64.
 _COMFORTABLE = {"float32": 25, "float64": 200}
 POSSIBLE = {"float32": 115, "float64": 500}
+_SLAB = 2**16  # columns that go through temporary memory at a time
+_NUMPY = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
-class Scaled:
-    """2ᵉ J: the products of a linearization times a power of two, which changes no digit of them.
+class Jacobian(Protocol):
+    """J, of shape (M, N), as products with blocks of rows, in one dtype, on one device.
 
-    Everything else is the linearization's own, its counters and its listener included.
-
-    Parameters
+    Attributes
     ----------
-    linearization : Linearization
-        J, of shape (M, N).
-    exponent : int
-        e; it may be negative.
+    shape : (int, int)
+        (M, N).
+    dtype : torch.dtype
+        float32 or float64.
+    device : torch.device
+    mismatch : float
+        How far products with J and with Jᵀ are from those of one matrix, relative to them, beyond rounding.
+    chunk_size : int
+        How many products are best made at a time.
     """
 
-    def __init__(self, linearization: Any, exponent: int) -> None:
-        self.linearization = linearization
-        self.exponent = exponent
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    mismatch: float = 0.0
+    chunk_size: int = 64
 
-    def jvp(self, tangents: Tensor) -> Tensor:
-        """2ᵉ J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
-        return self._times(self.linearization.jvp, tangents)
+    def jvp(self, rows: Tensor) -> Tensor:
+        """J times each row: ``(k, N) -> (k, M)``."""
+        ...
 
-    def vjp(self, cotangents: Tensor) -> Tensor:
-        """2ᵉ Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
-        return self._times(self.linearization.vjp, cotangents)
+    def vjp(self, rows: Tensor) -> Tensor:
+        """Jᵀ times each row: ``(k, M) -> (k, N)``."""
+        ...
 
-    def _times(self, multiply: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-        # half before and half after, so that neither the product nor what the model computes on its way is lost
-        before = self.exponent // 2
-        return multiply(block * 2.0**before).mul_(2.0 ** (self.exponent - before))
+    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """R and JᵀJ times each row: ``(k, N) -> (k, k), (k, N)``, where J rowsᵀ = Q R.
+
+        A Krylov space of F takes no more: RᵀR is the Gram matrix of J times the rows, and R has the singular values of
+        J on their span. So a J of many parts needs nothing as long as all its responses. R is float64.
+        """
+        images = self.jvp(rows)
+        return triangle(images), self.vjp(images)
+
+    def check_current(self) -> None:
+        """Raise RuntimeError where these are no longer the products that they were."""
+
+
+def triangle(rows: Tensor) -> Tensor:
+    """R of the QR factorization of the columns whose rows these are, in float64: tall and skinny, slab by slab."""
+    if len(rows) == 1:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)[None]
+    r = rows.new_empty(0, len(rows), dtype=torch.float64)
+    for columns in rows.split(_SLAB, dim=1):
+        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
+    return r
+
+
+class _Of(Jacobian):
+    """A Jacobian made of another, which it is like in all that isn't said."""
+
+    def __init__(self, J: Jacobian, n_responses: int | None = None, n_pixels: int | None = None) -> None:
+        self.J = J
+        m, n = J.shape
+        self.shape = m if n_responses is None else n_responses, n if n_pixels is None else n_pixels
+        self.dtype, self.device, self.mismatch, self.chunk_size = J.dtype, J.device, J.mismatch, J.chunk_size
 
     @property
-    def on_product(self) -> Callable[[float], None] | None:
-        return self.linearization.on_product
+    def n_products(self) -> float:
+        return self.J.n_products
 
-    @on_product.setter
-    def on_product(self, listener: Callable[[float], None] | None) -> None:
-        self.linearization.on_product = listener
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "linearization":  # copy and pickle ask before there is one
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.linearization, name)
+    def check_current(self) -> None:
+        self.J.check_current()
 
 
-class Counted:
-    """The products of a linearization, counted from here on, and heard by a listener of their own.
-
-    So that solvers which share a linearization, at the same time or one after the other, know each what it has spent.
-    Everything else is the linearization's own; its counters and its listener go on.
-
-    Parameters
-    ----------
-    linearization : Linearization
-        J, of shape (M, N), or what stands for one.
-    """
+class OfModel(Jacobian):
+    """The Jacobian of a model at an image: a `Linearization`, whose images are rows here."""
 
     def __init__(self, linearization: Any) -> None:
         self.linearization = linearization
+        self.shape = linearization.response_size, linearization.image_size
+        self.dtype, self.device = linearization.image.dtype, linearization.image.device
+        self.mismatch, self.chunk_size = linearization.mismatch, linearization.chunk_size
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return self.linearization.jvp(rows.reshape(-1, *self.linearization.image_shape))
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return self.linearization.vjp(rows).reshape(-1, self.shape[1])
+
+    @property
+    def n_products(self) -> float:
+        return self.linearization.n_products
+
+    def check_current(self) -> None:
+        self.linearization.check_current()
+
+
+class Images:
+    """A linearization whose products are an operator's own: counted apart, or times a power of two."""
+
+    def __init__(self, products: Jacobian, linearization: Any) -> None:
+        self._products, self._linearization = products, linearization
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        return self._products.jvp(tangents.reshape(len(tangents), -1))
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        return self._products.vjp(cotangents).reshape(-1, *self.image_shape)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._products if hasattr(self._products, name) else self._linearization, name)
+
+
+class Counted(_Of):
+    """The products of a Jacobian, counted from here on, and heard by a listener of their own.
+
+    So that solvers which share one, at the same time or one after the other, know each what it has spent.
+
+    Attributes
+    ----------
+    n_jvp, n_vjp : int
+    on_product : callable or None
+        Called with the number of products after each block: 0.5 a row and direction.
+    """
+
+    def __init__(self, J: Jacobian) -> None:
+        super().__init__(J)
         self.n_jvp = self.n_vjp = 0
         self.on_product: Callable[[float], None] | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:  # counts begin at zero, as those of a linearization
-        return type(self), (self.linearization,)
+        return type(self), (self.J,)
 
     @property
     def n_products(self) -> float:
         """One product is one J v plus one Jᵀu."""
         return (self.n_jvp + self.n_vjp) / 2
 
-    def jvp(self, tangents: Tensor) -> Tensor:
-        """J times each of k changes of the image: ``(k, *image_shape) -> (k, M)``."""
-        out = self.linearization.jvp(tangents)
-        self._count(len(tangents), 0)
+    def jvp(self, rows: Tensor) -> Tensor:
+        out = self.J.jvp(rows)
+        self._count(len(rows), 0)
         return out
 
-    def vjp(self, cotangents: Tensor) -> Tensor:
-        """Jᵀ times each of k weightings of the response: ``(k, M) -> (k, *image_shape)``."""
-        out = self.linearization.vjp(cotangents)
-        self._count(0, len(cotangents))
+    def vjp(self, rows: Tensor) -> Tensor:
+        out = self.J.vjp(rows)
+        self._count(0, len(rows))
+        return out
+
+    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.J.normal(rows)
+        self._count(len(rows), len(rows))
         return out
 
     def _count(self, n_jvp: int, n_vjp: int) -> None:
@@ -104,32 +181,197 @@ class Counted:
         if self.on_product is not None:
             self.on_product((n_jvp + n_vjp) / 2)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "linearization":  # copy and pickle ask before there is one
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.linearization, name)
+
+class Scaled(_Of):
+    """2ᵉ J, e an integer: the products of J times a power of two, which changes no digit of them."""
+
+    def __init__(self, J: Jacobian, exponent: int) -> None:
+        super().__init__(J)
+        self.exponent = exponent
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return self._times(self.J.jvp, rows)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return self._times(self.J.vjp, rows)
+
+    def _times(self, multiply: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        # half before and half after, so that neither the product nor what the model computes on its way is lost
+        before = self.exponent // 2
+        return multiply(rows * 2.0**before).mul_(2.0 ** (self.exponent - before))
 
 
-def counted(operator: Any) -> Any:
-    """The operator of the same kind whose products are counted from here on; the model must be as it was."""
-    operator.linearization.check_current()
-    own = type(operator).from_linearization(Counted(operator.linearization))
-    own.jacobian.dense = operator.jacobian.dense
-    return own
+class Transposed(_Of):
+    """Jᵀ, of shape (N, M)."""
+
+    def __init__(self, J: Jacobian) -> None:
+        super().__init__(J, n_responses=J.shape[1], n_pixels=J.shape[0])
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return self.J.vjp(rows)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return self.J.jvp(rows)
 
 
-def shared(linearization: Any) -> Any:
-    """The linearization that several `Counted` may share."""
-    while isinstance(linearization, Counted):
-        linearization = linearization.linearization
-    return linearization
+class Whitened(_Of):
+    """W J, W (M', M) a matrix on the side of the response: Σ^(-1/2), so that F is that of noise of covariance Σ.
+
+    Parameters
+    ----------
+    J : Jacobian
+    root : Tensor, shape (M', M) or (M,)
+        W, or its diagonal.
+    """
+
+    def __init__(self, J: Jacobian, root: Tensor) -> None:
+        self.root = _fitting("root", root, J, J.shape[0], (J.shape[0],), ("M'", J.shape[0]))
+        super().__init__(J, n_responses=len(self.root))
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        images = self.J.jvp(rows)
+        return images * self.root if self.root.ndim == 1 else images @ self.root.T
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        return self.J.vjp(rows * self.root if self.root.ndim == 1 else rows @ self.root)
 
 
-def scaled(operator: Any, exponent: int) -> Any:
-    """The operator of the same kind of 2ᵉ J; itself for e = 0."""
-    if exponent == 0:
-        return operator
-    return type(operator).from_linearization(Scaled(operator.linearization, exponent))
+class Restricted(_Of):
+    """J B, B (N, p) on the side of the image: orthonormal columns that span a subspace, or the root of a metric.
+
+    Parameters
+    ----------
+    J : Jacobian
+    space : Tensor, shape (N, p) or (N,)
+        B, or its diagonal.
+    """
+
+    def __init__(self, J: Jacobian, space: Tensor) -> None:
+        self.space = _fitting("space", space, J, J.shape[1], (J.shape[1],), (J.shape[1], "p"))
+        super().__init__(J, n_pixels=self.space.shape[-1])
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return self.J.jvp(rows * self.space if self.space.ndim == 1 else rows @ self.space.T)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        rows = self.J.vjp(rows)
+        return rows * self.space if self.space.ndim == 1 else rows @ self.space
+
+
+def _fitting(name: str, array: Tensor, J: Jacobian, n: int, *shapes: tuple[int | str, ...]) -> Tensor:
+    like = torch.empty(0, dtype=J.dtype, device=J.device)
+    given = checks.instance(name, array, Tensor, f"a tensor, of which one dimension has {n} elements")
+    return checks.tensor(name, given, shapes[0] if given.ndim == 1 else shapes[1], like)
+
+
+class Stacked(_Of):
+    """[√w₁ J₁; √w₂ J₂; …]: F is the weighted sum of the parts' Fisher matrices.
+
+    A product with F takes one part after the other, and nothing that is as long as all responses together: `normal`
+    has R by the triangles of the parts, and JᵀJ v by sums.
+
+    Parameters
+    ----------
+    parts : sequence of (float, Jacobian)
+        Weights from 0, and Jacobians of the same N, dtype and device.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Jacobian]]) -> None:
+        self.parts = tuple(
+            (checks.number("a weight", weight, "a number from 0", lambda w: w >= 0), J) for weight, J in parts
+        )
+        if not self.parts:
+            checks.refuse(ValueError, "parts", "at least one (weight, Jacobian)", list(parts))
+        first = self.parts[0][1]
+        for _, J in self.parts:
+            if (J.shape[1], J.dtype, J.device) != (first.shape[1], first.dtype, first.device):
+                raise ValueError(
+                    f"parts must share N, dtype and device: got {J.shape[1]}, {J.dtype}, {J.device} beside "
+                    f"{first.shape[1]}, {first.dtype}, {first.device}"
+                )
+        super().__init__(first, n_responses=sum(J.shape[0] for _, J in self.parts))
+        self.mismatch = max(J.mismatch for _, J in self.parts)
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        return torch.cat([weight**0.5 * J.jvp(rows) for weight, J in self.parts], dim=1)
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        pieces = zip(rows.split([J.shape[0] for _, J in self.parts], dim=1), self.parts, strict=True)
+        return sum(weight**0.5 * J.vjp(piece.contiguous()) for piece, (weight, J) in pieces)
+
+    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        triangles, products = zip(*(J.normal(rows) for _, J in self.parts), strict=True)
+        weights = [weight for weight, _ in self.parts]
+        r = torch.cat([w**0.5 * t for w, t in zip(weights, triangles, strict=True)])
+        return triangle(r.T), sum(w * p for w, p in zip(weights, products, strict=True))
+
+    def check_current(self) -> None:
+        for _, J in self.parts:
+            J.check_current()
+
+
+class FromOperator(Jacobian):
+    """The products of a SciPy `LinearOperator`, a sparse or dense matrix, a PyLops operator, or a dense tensor.
+
+    Parameters
+    ----------
+    A : of shape (M, N)
+        Real, and, if an operator, with an adjoint. Products are float32 where `A` is, else float64.
+
+    Raises
+    ------
+    TypeError
+        It is none of these, or complex.
+    ValueError
+        It has no element.
+    """
+
+    def __init__(self, A: Any) -> None:
+        what = "a LinearOperator, a sparse or dense matrix of real numbers, a PyLops operator, or a dense tensor"
+        if isinstance(A, Tensor):
+            if A.layout != torch.strided or A.is_meta or A.is_complex() or A.ndim != 2:
+                checks.refuse(TypeError, "A", f"{what} of two dimensions", A)
+            self.A = A.detach() if A.dtype in _NUMPY else A.detach().double()
+            self.dtype, self.device = self.A.dtype, self.A.device
+        else:
+            if isinstance(A, np.ndarray) and A.ndim != 2:
+                checks.refuse(ValueError, "A", f"{what} of two dimensions", A)
+            self.A = checks.operator("A", A, what)
+            kind = np.dtype(self.A.dtype or np.float64)
+            if kind.kind not in "biuf":
+                checks.refuse(TypeError, "A", what, A)
+            self.dtype = torch.float32 if kind == np.float32 else torch.float64
+            self.device = torch.device("cpu")
+            if issparse(A) and kind.kind != "f":  # whose sums would leave the range of small integers
+                self.A = checks.operator("A", A.astype(np.float64), what)
+        self.shape = tuple(map(int, self.A.shape))
+        if 0 in self.shape:
+            checks.refuse(ValueError, "A", "a matrix with at least one element", A)
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        if isinstance(self.A, Tensor):
+            return rows @ self.A.T
+        return self._from_numpy(self.A.matmat(rows.numpy().T), self.shape[0])
+
+    def vjp(self, rows: Tensor) -> Tensor:
+        if isinstance(self.A, Tensor):
+            return rows @ self.A
+        return self._from_numpy(self.A.rmatmat(rows.numpy().T), self.shape[1])
+
+    def _from_numpy(self, columns: Any, length: int) -> Tensor:
+        columns = np.asarray(columns)
+        if columns.dtype.kind == "c":
+            checks.refuse(TypeError, "A", "an operator whose products are real", columns)
+        if columns.ndim != 2 or len(columns) != length:
+            raise ValueError(f"A must give products of {length} rows, got an array of shape {columns.shape}")
+        return torch.from_numpy(np.array(columns.T, _NUMPY[self.dtype], order="C"))
+
+
+def shared(J: Jacobian) -> Any:
+    """What several `Counted` may share: a linearization, or another Jacobian."""
+    while isinstance(J, Counted):
+        J = J.J
+    return J.linearization if isinstance(J, OfModel) else J
 
 
 def comfortable_exponent(size: float, dtype: str) -> int:

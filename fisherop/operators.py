@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
@@ -16,55 +16,99 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
+from fisherop.jacobian import Counted, FromOperator, Images, Jacobian, OfModel, Scaled
 from fisherop.model.linearize import Linearization, linearize
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DENSE_BYTES = 2**31
 _BATCHES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18)  # SciPy multiplies stacks of vectors, matrices
 _Product = Callable[[Tensor], Tensor]
 
 
-class _ModelOperator(LinearOperator):
-    """What both operators share: a linearization, the boundary to NumPy, the checks of what comes in."""
+class _Operator(LinearOperator):
+    """What both operators share: `products`, a Jacobian, the boundary to NumPy, the checks of what comes in."""
+
+    products: Jacobian
 
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
     ) -> None:
-        self._bind(linearize(image, model, engine=engine, chunk_size=chunk_size))
+        self._bind(OfModel(linearize(image, model, engine=engine, chunk_size=chunk_size)))
 
     @classmethod
-    def from_linearization(cls, linearization: Linearization) -> _ModelOperator:
+    def from_linearization(cls, linearization: Linearization) -> Self:
         """The operator of a linearization that exists already; nothing is computed."""
         if not hasattr(linearization, "jvp"):
             checks.refuse(TypeError, "linearization", "a Linearization", linearization, "use linearize(image, model)")
+        return cls._from(OfModel(linearization))
+
+    @classmethod
+    def of(cls, A: Any) -> Self:
+        """The operator of any matrix: for `FisherOperator` that of AᵀA.
+
+        Parameters
+        ----------
+        A : of shape (M, N)
+            A SciPy ``LinearOperator`` with an adjoint, a sparse or dense matrix of real numbers, a PyLops operator, a
+            dense tensor, a `Linearization`, or another `fisherop.jacobian.Jacobian`. Products are float32 where `A`
+            is, else float64.
+
+        Raises
+        ------
+        TypeError
+            It is none of these, or complex.
+        ValueError
+            It has no element, or more than two dimensions.
+        """
+        if isinstance(A, _Operator):
+            return cls._from(A.products)
+        if isinstance(A, Linearization):
+            return cls._from(OfModel(A))
+        return cls._from(A if Jacobian in type(A).__mro__ else FromOperator(A))
+
+    @classmethod
+    def _from(cls, products: Jacobian) -> Self:
         operator = cls.__new__(cls)
-        operator._bind(linearization)
+        operator._bind(products)
         return operator
 
-    def _bind(self, linearization: Linearization) -> None:
-        self.linearization = linearization
-        dtype = np.dtype(str(linearization.image.dtype).removeprefix("torch."))
-        super().__init__(dtype, self._shape_for(linearization))
+    def _bind(self, products: Jacobian) -> None:
+        self.products = products if isinstance(products, OfModel | Counted | Scaled) else Counted(products)
+        dtype = np.dtype(str(products.dtype).removeprefix("torch."))
+        super().__init__(dtype, self._shape_for(products))
         self.args = ()  # as of SciPy's own operators that are not composed of others
 
     def __reduce__(self) -> tuple:
-        return type(self).from_linearization, (self.linearization,)
+        return type(self)._from, (self.products,)
+
+    @property
+    def linearization(self) -> Linearization:
+        """That of the model at the image; AttributeError for an operator of anything else."""
+        J = self.products
+        while isinstance(J, Counted | Scaled):
+            J = J.J
+        if not isinstance(J, OfModel):
+            raise AttributeError(f"{self!r} has no linearization: it is of a {type(J).__name__}, and not of a model")
+        return J.linearization if J is self.products else Images(self.products, J.linearization)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of the image; its N elements are the operator's columns, in C order."""
-        return self.linearization.image_shape
+        """Shape of the image, (N,) where there is none; its N elements are the operator's columns, in C order."""
+        return self.linearization.image_shape if hasattr(self, "linearization") else (self.products.shape[1],)
 
     @property
     def response_shape(self) -> tuple[int, ...]:
-        """Shape of the model's response, M elements."""
-        return self.linearization.response_shape
+        """Shape of the model's response, M elements; (M,) where there is none."""
+        return self.linearization.response_shape if hasattr(self, "linearization") else (self.products.shape[0],)
 
     @property
     def n_products(self) -> float:
         """Products done so far (one is one J v plus one Jᵀu), of every operator on the same linearization."""
-        return self.linearization.n_products
+        return self.products.n_products
 
-    def to(self, *args: Any, **kwargs: Any) -> _ModelOperator:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """The operator of the same model at the same image on another device, or in another precision.
 
         A module is copied, then moved; any other model has to take the new image as it is.
@@ -118,7 +162,7 @@ class _ModelOperator(LinearOperator):
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
-        columns = checks.array("columns", columns, (self.linearization.image_size, "k"))
+        columns = checks.array("columns", columns, (self.products.shape[1], "k"))
         return self._to_torch(columns.T).reshape(-1, *self.image_shape)
 
     @staticmethod
@@ -128,7 +172,7 @@ class _ModelOperator(LinearOperator):
 
     def _to_torch(self, array: NDArray) -> Tensor:
         # Always a copy: torch takes neither read-only memory nor strides that NumPy ignores, as of v[:, ::-1] at k = 1
-        return torch.from_numpy(np.array(array, self.dtype, order="C")).to(self.linearization.image.device)
+        return torch.from_numpy(np.array(array, self.dtype, order="C")).to(self.products.device)
 
     # The public methods only say better what is wrong; which shapes mean what is SciPy's to decide. It calls `_matvec`
     # with (N,) or (N, 1), from 1.18 on with rows (..., N), and `_matmat` with (N, k), from 1.18 on with (..., N, k).
@@ -202,14 +246,8 @@ class _ModelOperator(LinearOperator):
             raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
         return product
 
-    def _jvp(self, rows: Tensor) -> Tensor:
-        return self.linearization.jvp(rows.reshape(len(rows), *self.image_shape))
 
-    def _vjp(self, rows: Tensor) -> Tensor:
-        return self.linearization.vjp(rows).reshape(len(rows), self.linearization.image_size)
-
-
-class JacobianOperator(_ModelOperator):
+class JacobianOperator(_Operator):
     """The Jacobian ``J = df/dx`` of a model at an image, shape (M, N), as a SciPy ``LinearOperator``.
 
     Parameters
@@ -235,18 +273,18 @@ class JacobianOperator(_ModelOperator):
     """The matrix (M, N), once `to_dense` has computed it."""
 
     @staticmethod
-    def _shape_for(linearization: Linearization) -> tuple[int, int]:
-        return linearization.response_size, linearization.image_size
+    def _shape_for(products: Jacobian) -> tuple[int, int]:
+        return products.shape
 
     @property
     def fisher(self) -> FisherOperator:
         """F = JᵀJ on the same linearization; its `jacobian` is this operator."""
-        operator = FisherOperator.from_linearization(self.linearization)
+        operator = FisherOperator._from(self.products)
         operator._jacobian = self
         return operator
 
-    _forward = _ModelOperator._jvp
-    _reverse = _ModelOperator._vjp
+    _forward = property(lambda self: self.products.jvp)
+    _reverse = property(lambda self: self.products.vjp)
 
     def to_dense(self, max_bytes: int = _DENSE_BYTES) -> NDArray:
         """The matrix (M, N), by min(M, N) products with unit vectors; it is kept in `dense`, read-only.
@@ -260,11 +298,11 @@ class JacobianOperator(_ModelOperator):
         if self.dense is not None:
             return self.dense
         _check_dense_size(self, max_bytes)
-        lin, (m, n) = self.linearization, self.shape
+        step, (m, n) = self.products.chunk_size, self.shape
         by_rows = m <= n
         dense = np.empty((m, n) if by_rows else (n, m), self.dtype)
-        for start in range(0, len(dense), lin.chunk_size):
-            unit = np.zeros((len(dense), min(lin.chunk_size, len(dense) - start)), self.dtype)
+        for start in range(0, len(dense), step):
+            unit = np.zeros((len(dense), min(step, len(dense) - start)), self.dtype)
             np.fill_diagonal(unit[start:], 1.0)
             block = self.rmatmat(unit) if by_rows else self.matmat(unit)
             dense[start : start + unit.shape[1]] = block.T
@@ -273,7 +311,7 @@ class JacobianOperator(_ModelOperator):
         return self.dense
 
 
-class FisherOperator(_ModelOperator):
+class FisherOperator(_Operator):
     """The Fisher information matrix ``F = JᵀJ`` of a model at an image, shape (N, N), as a SciPy ``LinearOperator``.
 
     It is that of a response with white Gaussian noise of unit variance: ``‖J v‖² = vᵀF v`` is the squared
@@ -286,19 +324,19 @@ class FisherOperator(_ModelOperator):
     """
 
     @staticmethod
-    def _shape_for(linearization: Linearization) -> tuple[int, int]:
-        return linearization.image_size, linearization.image_size
+    def _shape_for(products: Jacobian) -> tuple[int, int]:
+        return products.shape[1], products.shape[1]
 
     @property
     def jacobian(self) -> JacobianOperator:
         """The Jacobian operator on the same linearization."""
         if not hasattr(self, "_jacobian"):
-            self._jacobian = JacobianOperator.from_linearization(self.linearization)
+            self._jacobian = JacobianOperator._from(self.products)
         return self._jacobian
 
     def _forward(self, rows: Tensor) -> Tensor:
-        images = self._within_range(self._jvp(rows))
-        products = self._vjp(images)
+        images = self._within_range(self.products.jvp(rows))
+        products = self.products.vjp(images)
         if bool((images.any(dim=1) & ~products.any(dim=1)).any()):  # vᵀF v = ‖J v‖² > 0
             raise FloatingPointError(
                 f"a product with {self!r} is below what {self.dtype} can hold, though J v isn't zero: scale the "
@@ -333,17 +371,28 @@ class FisherOperator(_ModelOperator):
         return dense
 
 
-def _sparse_message(operator: _ModelOperator) -> str:
-    return (
-        f"{operator!r} multiplies dense arrays, got a sparse one: use x.toarray(), or "
-        "scipy.sparse.linalg.aslinearoperator(x) for a product that is an operator"
-    )
+def _sparse_message(operator: _Operator) -> str:
+    instead = "scipy.sparse.linalg.aslinearoperator(x) for a product that is an operator"
+    return f"{operator!r} multiplies dense arrays, got a sparse one: use x.toarray(), or {instead}"
 
 
-def _check_dense_size(operator: _ModelOperator, max_bytes: int) -> None:
+def _check_dense_size(operator: _Operator, max_bytes: int) -> None:
     needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
     if needed > checks.memory("max_bytes", max_bytes):
         raise ValueError(
             f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
             f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"
         )
+
+
+def counted(operator: Any) -> Any:
+    """The operator of the same kind whose products are counted from here on; they must be what they were."""
+    operator.products.check_current()
+    own = type(operator)._from(Counted(operator.products))
+    own.jacobian.dense = operator.jacobian.dense
+    return own
+
+
+def scaled(operator: Any, exponent: int) -> Any:
+    """The operator of the same kind of 2ᵉ J; itself for e = 0."""
+    return operator if exponent == 0 else type(operator)._from(Scaled(operator.products, exponent))

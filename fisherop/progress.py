@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-from fisherop.jacobian import counted
-from fisherop.operators import FisherOperator
+from fisherop.operators import FisherOperator, counted
 
 
 @contextmanager
@@ -16,9 +15,9 @@ def progress_bar(operator: FisherOperator, name: str, total: float | None, shown
     """The same operator with a count of its own, on the screen, too; a dense J that it computes is the operator's."""
     own = counted(operator)
     with tqdm(desc=name, total=total, unit=" products", delay=1, disable=not shown) as bar:
-        own.linearization.on_product = bar.update
+        own.products.on_product = bar.update
         try:
             yield own
         finally:
-            own.linearization.on_product = None
+            own.products.on_product = None
             operator.jacobian.dense = own.jacobian.dense

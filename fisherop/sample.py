@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherop.jacobian import POSSIBLE, check_size, comfortable_exponent, scaled
+from fisherop.jacobian import POSSIBLE, check_size, comfortable_exponent
+from fisherop.operators import scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Sample:
         j_sums = [jacobian.matvec(z).astype(np.float64) for z in (self.x + self.y, *(leading.T + self.y))]
         j_x, j_y = (2.0**self.exponent * z for z in (self.j_x, self.j_y))
         errors = np.linalg.norm(j_sums - np.vstack([j_x, j_leading.T]) - j_y, axis=1)
-        return max(float(errors.max() / sigma_max), jacobian.linearization.mismatch)
+        return max(float(errors.max() / sigma_max), jacobian.products.mismatch)
 
 
 def _norm(x: NDArray[np.float64]) -> float:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.advice import explain
 from fisherop.certificate import PROBE_STEPS, certify, judging
-from fisherop.jacobian import scaled
-from fisherop.operators import FisherOperator, JacobianOperator
+from fisherop.jacobian import shared
+from fisherop.operators import FisherOperator, JacobianOperator, scaled
 from fisherop.progress import progress_bar
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped
 from fisherop.sample import Sample
@@ -210,9 +210,9 @@ def _recall(
     operator: FisherOperator, state: dict[str, Any], k: int, which: str, tol: float, name: str
 ) -> EigenResult | None:
     """What is asked for, where an earlier result of the operator has it all, to this tol or a smaller one, or None."""
-    operator.linearization.check_current()
+    operator.products.check_current()
     result, n = state.get("result"), operator.shape[0]
-    if result is None or state.get("linearization") is not operator.linearization:
+    if result is None or state.get("linearization") is not shared(operator.products):
         return None
     if result.method != name or "stopped" in result.details:  # the index may not have been looked into
         return None

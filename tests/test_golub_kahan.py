@@ -215,7 +215,7 @@ def test_repeated_eigenvalues_at_both_ends(k):
 def test_a_restart_keeps_the_relation(block):
     """F V = V T + W C, V and W orthonormal, though the harmonic problem is as ill-conditioned as its shift is small."""
     sigma = torch.as_tensor(np.r_[np.sqrt(np.linspace(1, 0.1, 195)), [1e-5] * 5])
-    J = diagonal(sigma).linearization
+    J = diagonal(sigma).products
     space = LanczosFactorization(J, torch.empty(0, 200).double(), torch.empty(40, 200).double(), 1.0)
     space.extend(torch.as_tensor(np.random.default_rng(0).standard_normal((block, 200))))
     for _ in range(3):
@@ -234,8 +234,8 @@ def test_directions_from_rounding_take_nothing_from_the_others(dtype):
     """A block of 3 whose products have rank 2, the shorter direction 1e-5 long: T was wrong by 0.1 of its norm."""
     for seed in range(40):
         matrix = matrix_with_singular_values([1.0, 10**-2.5], 2, 12, rng=seed)
-        lin = linear_operator(matrix, dtype).linearization
-        space = LanczosFactorization(lin, torch.empty(0, 12, dtype=dtype), torch.empty(12, 12, dtype=dtype), 1.0)
+        J = linear_operator(matrix, dtype).products
+        space = LanczosFactorization(J, torch.empty(0, 12, dtype=dtype), torch.empty(12, 12, dtype=dtype), 1.0)
         space.extend(torch.randn(3, 12, generator=torch.Generator().manual_seed(seed), dtype=dtype))
         while len(space.w):
             space.expand()
@@ -247,7 +247,7 @@ def test_directions_from_rounding_take_nothing_from_the_others(dtype):
 
 def test_a_restart_with_a_value_that_rounding_made_negative():
     """After many of them in float32, T can have one below the shift, with which it was not positive definite."""
-    J = diagonal(np.linspace(1, 0.1, 100)).linearization
+    J = diagonal(np.linspace(1, 0.1, 100)).products
     space = LanczosFactorization(J, torch.empty(0, 100).double(), torch.empty(26, 100).double(), 1.0)
     space.extend(torch.as_tensor(np.random.default_rng(0).standard_normal((1, 100))))
     while not space.is_full:
@@ -265,7 +265,7 @@ def test_a_restart_with_a_value_that_rounding_made_negative():
 def test_vectors_of_few_pixels_keep_the_basis_orthonormal():
     """In float32 a long sum that holds a product near 1 loses the small ones: V was wrong by 1e-4, T by 4e-4."""
     sigma = torch.cat([torch.tensor([4.0, 4.0, 3.0]), torch.linspace(2, 1, 2**20 - 3)])
-    J = diagonal(sigma).linearization
+    J = diagonal(sigma).products
     space = LanczosFactorization(J, torch.empty(0, len(sigma)), torch.empty(20, len(sigma)), 1.0)
     space.extend(torch.randn(1, len(sigma), generator=torch.Generator().manual_seed(0)))
     for _ in range(12):
@@ -652,8 +652,9 @@ def test_the_chance_under_rounding(family, dtype):
         values = {"flat": np.ones(n), "clustered": 1 - gap * rng.random(n), "spread": rng.random(n)}[family]
         values[0] = values.max() + gap
         sigma = np.sqrt(values).astype(dtype)
-        lin = diagonal(sigma).linearization
-        space = LanczosFactorization(lin, lin.image.new_empty(0, n), lin.image.new_empty(40, n), 1.0)
+        J = diagonal(sigma).products
+        nothing = torch.empty(0, n, dtype=J.dtype)
+        space = LanczosFactorization(J, nothing, nothing.new_empty(40, n), 1.0)
         space.extend(space.tensor(rng.standard_normal((int(rng.integers(1, 4)), n))))
         for _ in range(int(rng.integers(1, 8))):
             space.expand()

@@ -14,6 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
     "checks",
+    "jacobian",
     "model.compat",
     "model.undisturbed",
     "model.sparse",
@@ -38,7 +39,6 @@ ORDER = [
     "model.linearize",
     "model.layers",
     "model",
-    "jacobian",
     "operators",
     "result",
     "sample",
@@ -53,6 +53,7 @@ ORDER = [
     "progress",
     "advice",
     "solve",
+    "triplets",
     "atomic",
     "fields",
     "files",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.jacobian import check_size
+from fisherop.jacobian import Jacobian, Scaled, check_size, comfortable_exponent, triangle
 from fisherop.krylov.bounds import RitzPairs
 from fisherop.krylov.orthogonalize import combine, eigh, inner, orthonormalize, orthonormalize_beside, project
 from fisherop.model.undisturbed import uninterrupted
@@ -35,8 +35,7 @@ class LanczosFactorization:
 
     Parameters
     ----------
-    J : Linearization
-        Or what stands for one.
+    J : Jacobian
     locked : Tensor, shape (q, N)
         Orthonormal.
     storage : Tensor, shape (q + capacity, N)
@@ -55,7 +54,7 @@ class LanczosFactorization:
         Of F v, the part of rounding along one unit vector, in the units of T.
     """
 
-    def __init__(self, J: Any, locked: Tensor, storage: Tensor, scale: float = 0.0) -> None:
+    def __init__(self, J: Jacobian, locked: Tensor, storage: Tensor, scale: float = 0.0) -> None:
         self.J = J
         self.storage = storage
         self._block = locked[:0]
@@ -71,7 +70,7 @@ class LanczosFactorization:
         for rows in locked:
             self.storage[self.n_locked : self.n_locked + len(rows)] = rows
             self.n_locked += len(rows)
-        self.n = self.J.image_size - self.n_locked
+        self.n = self.J.shape[1] - self.n_locked
         self.capacity = min(len(self.storage) - self.n_locked, self.n)
 
     def restore(self, v: Tensor, w: Tensor, t: NDArray, c: NDArray, shares: NDArray | None) -> None:
@@ -166,8 +165,7 @@ class LanczosFactorization:
     def expand(self) -> None:
         """W becomes part of V; what F makes of it, beyond V, becomes W."""
         m, b, w, shares = self.m, len(self.w), self.w, self._relation.shares
-        images, fw = self.multiply(w)
-        h = inner(images, images)
+        h, fw = self.multiply(w)
         # W ← F W − V Cᵀ − W H: what is known of F W is its part in V, by symmetry, and in W
         linked = slice(np.flatnonzero(self.c.any(axis=0))[0], m) if self.c.any() else slice(0, 0)
         fw.addmm_(self.tensor(self.c[:, linked]), self.v[linked], alpha=-1).addmm_(self.tensor(h), w, alpha=-1)
@@ -190,14 +188,22 @@ class LanczosFactorization:
         self._publish(basis[self.n_locked + m :], self.t, self.c, shares)  # the old one, and its buffer is free
         self._publish(self._buffered(w), t, np.hstack([np.zeros((len(r), m)), r]), shares)
 
-    def multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """J times rows, and F times rows, before the projection."""
-        images = self.J.jvp(rows.reshape(len(rows), *self.J.image_shape))
-        if self.scale == 0:
-            self.scale = float(images.double().norm()) or 1.0
-            check_size(max(self.scale, 1.0), str(rows.dtype).removeprefix("torch."))
-        images /= self.scale
-        return images, self.J.vjp(images).reshape(len(rows), -1).div_(self.scale)
+    def multiply(self, rows: Tensor) -> tuple[NDArray[np.float64], Tensor]:
+        """The Gram matrix of J times rows, and F times rows before the projection, both / scale²."""
+        dtype = str(rows.dtype).removeprefix("torch.")
+        if self.scale == 0:  # the first product tells
+            images = self.J.jvp(rows)
+            self.scale = float(triangle(images).norm()) or 1.0
+            check_size(max(self.scale, 1.0), dtype)
+            images /= self.scale
+            r, products = triangle(images), self.J.vjp(images).div_(self.scale)
+        else:
+            exponent = comfortable_exponent(self.scale, dtype)  # not 0 where F itself would leave the dtype's range
+            r, products = Scaled(self.J, exponent).normal(rows) if exponent else self.J.normal(rows)
+            unit = self.scale * 2.0**exponent
+            r, products = r / unit, products.div_(unit**2)
+        r = r.cpu().numpy()
+        return r.T @ r, products
 
     def ritz(self) -> RitzPairs:
         theta, y = eigh(self.t)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.jacobian import triangle
+
 _PIECE = 2**12  # columns in one sum
 _SLAB = 2**16  # columns that go through temporary memory at a time
 
@@ -47,7 +49,7 @@ def orthonormalize(block: Tensor, floor: float) -> tuple[Tensor, NDArray[np.floa
     if len(block) == 1:
         s, right = np.sqrt(inner(block, block))[0], np.ones((1, 1))
     else:
-        _, s, right = np.linalg.svd(triangle(block), full_matrices=False)
+        _, s, right = np.linalg.svd(triangle(block).cpu().numpy(), full_matrices=False)
     s, right = s[s > floor, None], right[s > floor]
     return combine(block, torch.as_tensor(right / s, device=block.device)), s * right
 
@@ -68,17 +70,9 @@ def _reorthonormalize(block: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
 
     Each vector keeps its direction beside those before it, so that a longer one loses nothing to shorter ones.
     """
-    r = triangle(block)
+    r = triangle(block).cpu().numpy()
     count = int(np.cumprod(np.abs(np.diag(r)) > 0.5).sum())
     return combine(block, torch.as_tensor(np.linalg.inv(r[:count, :count]).T, device=block.device)), r[:count]
-
-
-def triangle(block: Tensor) -> NDArray[np.float64]:
-    """R of the QR factorization of the columns whose rows these are: a tall-skinny one, slab by slab."""
-    r = block.new_empty(0, len(block), dtype=torch.float64)
-    for columns in block.split(_SLAB, dim=1):
-        r = torch.linalg.qr(torch.cat([r, columns.T.double()]), mode="r")[1]
-    return r.cpu().numpy()
 
 
 def eigh(t: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

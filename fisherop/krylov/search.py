@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
+from fisherop.jacobian import Counted as Jacobian
 from fisherop.krylov.bounds import DELTA, Bounds, RitzPairs
 from fisherop.krylov.lanczos import LanczosFactorization
 from fisherop.krylov.orthogonalize import combine, eigh, inner
@@ -131,7 +132,7 @@ class Monitor:
         self.restarts, self.spent = 0, 0.0
         self.checkpoint: Any = None
 
-    def begin(self, J: Any, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def begin(self, J: Jacobian, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """Another call, for the same factorization or a new one."""
         self.J, self.maxiter, self.callback = J, maxiter, callback
         self.history: list[dict[str, Any]] = []
@@ -185,14 +186,14 @@ class Search:
         Of an eigenvalue more than 2 tol beyond those found by the first run.
     """
 
-    def __init__(self, J: Any, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
+    def __init__(self, J: Jacobian, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
         self.J, self.given, self.rng = J, given, rng
         self.main: LanczosFactorization | None = LanczosFactorization(J, given, self._memory(capacity))
         self.start = Start()
         self.bounds = Bounds()
         self.log = Monitor()
 
-    def ask(self, goal: Goal, J: Any, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def ask(self, goal: Goal, J: Jacobian, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """What to search for, from the start or in the factorization that is there."""
         self.goal, self.J, self.main.J = goal, J, J
         self.fact = self.main
@@ -229,10 +230,10 @@ class Search:
         return True
 
     def _memory(self, capacity: int) -> Tensor:
-        return self.given.new_empty(len(self.given) + capacity, self.J.image_size)
+        return self.given.new_empty(len(self.given) + capacity, self.J.shape[1])
 
     def draw(self, p: int) -> Tensor:
-        return self.fact.tensor(self.rng.standard_normal((p, self.J.image_size)))
+        return self.fact.tensor(self.rng.standard_normal((p, self.J.shape[1])))
 
     def set_apart(self, ritz: RitzPairs) -> None:
         """Keep what was found and some more in `fixed`, and leave `fact` for what is orthogonal to it."""

@@ -120,14 +120,14 @@ def golub_kahan(
         )
     n -= given.shape[1]
     capacity = _capacity(n, k, operator.dtype.itemsize, max_basis, basis_memory)
-    J = operator.linearization
-    goal = Goal(top, bottom, tol, n, n - J.response_size, float(np.finfo(operator.dtype).eps))
+    J = operator.products
+    goal = Goal(top, bottom, tol, n, n - J.shape[0], float(np.finfo(operator.dtype).eps))
     search = checkpoint = None
     if state is not None:
         if state.setdefault("linearization", shared(J)) is not shared(J):
             raise ValueError("state belongs to another operator: pass an empty dict")
         checkpoint = state.get("checkpoint")
-        is_read = checkpoint is not None and checkpoint.read(J, capacity)
+        is_read = checkpoint is not None and checkpoint.read(operator.linearization, capacity)
         kept = checks.instance("state['search']", state.get("search"), (Search, type(None)), "what a search left")
         search = None if is_read else kept
         state.pop("search", None)
@@ -136,7 +136,7 @@ def golub_kahan(
     if search is not None and not search.reopen(top, bottom, capacity):
         search = None  # before there is another
     if search is None:
-        rows = torch.as_tensor(given.T, dtype=J.image.dtype, device=J.image.device)
+        rows = torch.as_tensor(given.T, dtype=J.dtype, device=J.device)
         search = Search(J, rows, rng, capacity)
     search.ask(goal, J, maxiter or 10_000, callback)
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.model.linearize import Linearization
+from fisherop.jacobian import Jacobian
 from fisherop.operators import FisherOperator
 from fisherop.result import Answer
 
@@ -33,7 +33,7 @@ def power(
     ----------
     Golub and Van Loan, Matrix Computations, 4th ed., sections 7.3.2 and 8.2.4.
     """
-    lin, n = operator.linearization, operator.shape[0]
+    J, n = operator.products, operator.shape[0]
     maxiter = maxiter or 2000
 
     def start(k: int) -> Tensor:
@@ -41,20 +41,20 @@ def power(
 
     largest = smallest = start(0)
     if which == "smallest":
-        values, _ = _iterate(lin, start(1), None, 1e-2, maxiter)
+        values, _ = _iterate(J, start(1), None, 1e-2, maxiter)
     else:
-        values, largest = _iterate(lin, start(k), None, tol, maxiter)
+        values, largest = _iterate(J, start(k), None, tol, maxiter)
     if which != "largest":
-        _, smallest = _iterate(lin, start(k), float(values.max()), tol, maxiter)
+        _, smallest = _iterate(J, start(k), float(values.max()), tol, maxiter)
     return Answer(operator.to_columns(largest), operator.to_columns(smallest))
 
 
-def _iterate(lin: Linearization, v: Tensor, shift: float | None, tol: float, maxiter: int) -> tuple[Tensor, Tensor]:
+def _iterate(J: Jacobian, v: Tensor, shift: float | None, tol: float, maxiter: int) -> tuple[Tensor, Tensor]:
     """Ritz values (k,), descending, and vectors (k, N), of F for `shift` None, else of its smallest end."""
     for _ in range(maxiter):
         v = torch.linalg.qr(v.T)[0].T
-        jv = lin.jvp(v.reshape(-1, *lin.image_shape))
-        fv = lin.vjp(jv).reshape(v.shape)
+        jv = J.jvp(v)
+        fv = J.vjp(jv)
         values, rotation = torch.linalg.eigh(jv.double() @ jv.double().T)
         values, rotation = values.flip(0), rotation.flip(1).T.to(v.dtype)
         v, fv = rotation @ v, rotation @ fv

@@ -54,7 +54,7 @@ def randomized_svd(
     equation 4.3 for the error.
     """
     m, n = operator.jacobian.shape
-    lin = operator.linearization
+    J = operator.products
     if which != "largest":
         raise ValueError(
             f"method='randomized_svd' finds the largest end only, got which={which!r}: use which='largest' or another "
@@ -64,28 +64,20 @@ def randomized_svd(
         raise ValueError(f"method='randomized_svd' needs k ≤ min(M, N), got k={k} and J of {m} × {n}")
     p, q = checks.integer("p", p, 0), checks.integer("q", q, 0)
 
-    def forward(rows: Tensor) -> Tensor:
-        return lin.jvp(rows.reshape(-1, *lin.image_shape))
-
-    def backward(rows: Tensor) -> Tensor:
-        return lin.vjp(rows).reshape(len(rows), n)
-
     def orthonormal(rows: Tensor) -> Tensor:
         return torch.linalg.qr(rows.T)[0].T.contiguous()
 
     def gaussian(count: int) -> Tensor:
-        return operator.to_tensors(rng.standard_normal((n, count)))
+        return operator.to_tensors(rng.standard_normal((n, count))).reshape(count, n)
 
-    basis = orthonormal(forward(gaussian(min(k + p, m, n))))
+    basis = orthonormal(J.jvp(gaussian(min(k + p, m, n))))
     for _ in range(q):
-        basis = orthonormal(forward(orthonormal(backward(basis))))
-    _, sigma, vh = torch.linalg.svd(backward(basis).double(), full_matrices=False)
+        basis = orthonormal(J.jvp(orthonormal(J.vjp(basis))))
+    _, sigma, vh = torch.linalg.svd(J.vjp(basis).double(), full_matrices=False)
 
-    trials = forward(gaussian(_TRIALS))
+    trials = J.jvp(gaussian(_TRIALS))
     missed = (trials - (trials @ basis.T) @ basis).double()
     error = 10 * math.sqrt(2 / math.pi) * float(torch.linalg.vector_norm(missed, dim=1).max())
-    rounding = (
-        10 * torch.finfo(lin.image.dtype).eps * float(sigma[0]) ** 2
-    )  # of the products, and of Q's orthonormality
+    rounding = 10 * torch.finfo(J.dtype).eps * float(sigma[0]) ** 2  # of the products, and of Q's orthonormality
     upper = float(sigma[0]) ** 2 + error**2 + rounding
     return Answer(operator.to_columns(vh[:k]), np.empty((n, 0)), bounds=(0.0, upper), range_error=error)
