@@ -247,7 +247,7 @@ def _contents(search: Search) -> dict[str, ArrayLike]:
         "v": fact.v,
         "w": fact.w,
         "random": nothing.rows if start.vectors is None else start.vectors,
-        "found_vectors": found.rows,
+        "found_vectors": nothing.rows if search.found is None else search.found_rows,
         "fixed": fixed.rows,
     }
     return {

@@ -184,7 +184,7 @@ def square(name: str, value: Any, n: int) -> None:
 
 def tensor(name: str, value: Any, shape: tuple[int | str, ...], like: Tensor) -> Tensor:
     """Finite, of a shape, and of the dtype and on the device of another; in `shape`, a word stands for any length."""
-    what = f"a tensor of shape ({', '.join(map(str, shape))})"
+    what = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     if not _fits(instance(name, value, Tensor, what).shape, shape):
         refuse(ValueError, name, what, value)
     if value.dtype != like.dtype or value.device != like.device or value.layout != like.layout:

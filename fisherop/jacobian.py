@@ -337,6 +337,9 @@ class FromOperator(Jacobian):
             if isinstance(A, np.ndarray) and A.ndim != 2:
                 checks.refuse(ValueError, "A", f"{what} of two dimensions", A)
             self.A = checks.operator("A", A, what)
+            parts = (getattr(self.A, f"_CustomLinearOperator__{name}_impl", self) for name in ("rmatvec", "rmatmat"))
+            if not any(parts):  # of SciPy's, made of functions
+                checks.refuse(TypeError, "A", "an operator with an adjoint", A, "give it an rmatvec")
             kind = np.dtype(self.A.dtype or np.float64)
             if kind.kind not in "biuf":
                 checks.refuse(TypeError, "A", what, A)

@@ -64,10 +64,10 @@ class SingularTriplets:
 def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -> SingularTriplets:
     """The k largest and the k smallest singular triplets of a matrix, certified.
 
-    They are the eigenpairs of AᵀA or of AAᵀ, whichever is smaller, and the vectors of the other side by one more
-    product each: the columns of Q of the QR factorization of A V. So they are orthonormal, and A v / σ where σ is more
-    than rounding. Where σ is null to tol, that side is what is left: a direction that rounding chooses, orthogonal to
-    the others, which makes ‖Aᵀu − σ v‖ at most √tol · σ_max.
+    They are the eigenpairs of AᵀA and the columns of Q in A V = Q R, by one more product each; where M < N, the
+    eigenpairs of AAᵀ and Q in AᵀU = Q R. So both sides are orthonormal, and u is A v / σ where σ is more than rounding.
+    Where A v is rounding alone, u is some direction orthogonal to the others, and no left singular vector: its residual
+    ‖Aᵀu − σ v‖ says so. For one, ask for the null space of Aᵀ.
 
     Parameters
     ----------

@@ -33,6 +33,27 @@ def assert_close(actual, desired, dtype, factor=1e3):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol(dtype, factor) * scale)
 
 
+def assert_truthful(result, matrix):
+    """Everything the result says, against dense float64 algebra; `converged` for the claimed index, too."""
+    n = matrix.shape[1]
+    truth = np.zeros(n)
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    truth[: len(sigma)] = sigma**2
+    v = result.eigenvectors.astype(np.float64)
+    eps = np.finfo(result.eigenvectors.dtype).eps
+    assert np.abs(v.T @ v - np.eye(v.shape[1])).max(initial=0) <= 1e3 * eps
+    assert (np.diff(result.eigenvalues) <= 0).all() and (result.eigenvalues >= 0).all()
+    quotient = (np.linalg.norm(matrix @ v, axis=0) / np.linalg.norm(v, axis=0)) ** 2
+    residual = np.linalg.norm(matrix.T @ (matrix @ v) - quotient * v, axis=0)
+    allowed = result.tol * truth[0]
+    np.testing.assert_allclose(result.eigenvalues, quotient, rtol=1e3 * eps, atol=1e3 * eps * truth[0])
+    for i in np.flatnonzero(result.converged):
+        assert residual[i] <= allowed or quotient[i] <= allowed
+    margin = 2 * len(v.T) ** 0.5 * allowed + 100 * eps * truth[0]
+    wrong = abs(result.eigenvalues - truth[result.eigenindex]) > margin
+    assert not (wrong & result.converged).any(), f"claimed {result}, but the spectrum is {truth}"
+
+
 def linear_operator(matrix, dtype=torch.float64, shape=None, device="cpu") -> FisherOperator:
     n = matrix.shape[1]
     image = torch.linspace(0, 1, n, dtype=dtype, device=device).reshape(shape or (n,))

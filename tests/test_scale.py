@@ -5,10 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, METHODS, eps, linear_operator, matrices, small_image, small_model
+from helpers import DTYPES, METHODS, assert_truthful, eps, linear_operator, matrices, small_image, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_solvers import assert_truthful
 from torch import nn
 
 from fisherop import (

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg as sla
 import torch
-from helpers import DEVICES, DTYPES, ITERATIVE, METHODS, linear_operator, matrices, small_image, small_model
+from helpers import (
+    DEVICES,
+    DTYPES,
+    ITERATIVE,
+    METHODS,
+    assert_truthful,
+    linear_operator,
+    matrices,
+    small_image,
+    small_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,27 +24,6 @@ from fisherop import ConvergenceError, FisherOperator, JacobianOperator, Status,
 from fisherop.testing import matrix_with_singular_values
 
 TOL = 1e-6
-
-
-def assert_truthful(result, matrix):
-    """Everything the result says, against dense float64 algebra; `converged` for the claimed index, too."""
-    n = matrix.shape[1]
-    truth = np.zeros(n)
-    sigma = np.linalg.svd(matrix, compute_uv=False)
-    truth[: len(sigma)] = sigma**2
-    v = result.eigenvectors.astype(np.float64)
-    eps = np.finfo(result.eigenvectors.dtype).eps
-    assert np.abs(v.T @ v - np.eye(v.shape[1])).max(initial=0) <= 1e3 * eps
-    assert (np.diff(result.eigenvalues) <= 0).all() and (result.eigenvalues >= 0).all()
-    quotient = (np.linalg.norm(matrix @ v, axis=0) / np.linalg.norm(v, axis=0)) ** 2
-    residual = np.linalg.norm(matrix.T @ (matrix @ v) - quotient * v, axis=0)
-    allowed = result.tol * truth[0]
-    np.testing.assert_allclose(result.eigenvalues, quotient, rtol=1e3 * eps, atol=1e3 * eps * truth[0])
-    for i in np.flatnonzero(result.converged):
-        assert residual[i] <= allowed or quotient[i] <= allowed
-    margin = 2 * len(v.T) ** 0.5 * allowed + 100 * eps * truth[0]
-    wrong = abs(result.eigenvalues - truth[result.eigenindex]) > margin
-    assert not (wrong & result.converged).any(), f"claimed {result}, but the spectrum is {truth}"
 
 
 @pytest.mark.filterwarnings("ignore:J is zero")

@@ -65,8 +65,8 @@ class LanczosFactorization:
 
     def reset(self, *locked: Tensor) -> None:
         """Empty, beside what is locked now, in the same memory."""
-        self.n_locked = 0
-        self._publish(self._block[:0], np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0)))
+        self.n_locked, self._block = 0, self._block.new_empty(0, self.storage.shape[1])
+        self._publish(self._block, np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0)))
         for rows in locked:
             self.storage[self.n_locked : self.n_locked + len(rows)] = rows
             self.n_locked += len(rows)
@@ -142,20 +142,21 @@ class LanczosFactorization:
 
     def extend(self, block: Tensor, random_part: float = 1.0) -> None:
         """Let vectors (p, N) join W, of which so large a part is random; F V has no part in them."""
-        unit = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
-        new = block / torch.linalg.vector_norm(block, dim=1).max()
+        norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).cpu().numpy()[:, None]
+        new = block / norms.max()
         for _ in range(2):
             project(new, self.storage[: self.n_locked + self.m])
             project(new, self.w)
             new, _ = orthonormalize(new, floor=100 * self.eps)
-        w = torch.cat([self.w, new])[: self.n - self.m]
+        w = (torch.cat([self.w, new]) if len(self.w) else new)[: self.n - self.m]
         c = np.vstack([self.c, np.zeros((len(new), self.m))])[: len(w)]
         shares = self.shares
         if shares is not None:
             shares = np.pad(shares, ((0, 0), (0, len(w) - len(self.w))))
         if random_part > 0 and shares is not None:
-            joined = np.hstack([inner(unit, self.v), inner(unit, w)])
-            beside = 1 - np.square(inner(unit, self.storage[: self.n_locked])).sum(axis=1)  # what is locked
+            joined = np.hstack([inner(block, self.v), inner(block, w)]) / norms
+            locked = inner(block, self.storage[: self.n_locked]) / norms
+            beside = 1 - np.square(locked).sum(axis=1)
             beside, length = np.sqrt(beside.clip(min=0.0)), np.linalg.norm(joined, axis=1)
             is_inside = length > 0.99 * beside
             joined = joined[is_inside] / (random_part * length[is_inside, None])

@@ -24,11 +24,11 @@ _CHEAP, _SMALL = 30, 1000  # up to so many vectors, or for N up to that, it may 
 
 
 class Found(NamedTuple):
-    """Ritz values, ascending, the norms of their residuals, and their vectors, as rows."""
+    """Ritz values, ascending, the norms of their residuals, and their vectors, as rows, unless others hold them."""
 
     values: NDArray[np.float64]
     norms: NDArray[np.float64]
-    rows: Tensor
+    rows: Tensor | None
 
 
 class Start(NamedTuple):
@@ -239,7 +239,8 @@ class Search:
         """Keep what was found and some more in `fixed`, and leave `fact` for what is orthogonal to it."""
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
         fact = self.fact
-        ends = self._ends(fact.m, fact.m if fact.is_exhausted else min(fact.m // 4, fact.capacity // 16))
+        ends = self._ends(fact.m, fact.m if fact.is_exhausted else min(fact.m // 4, fact.capacity // 32))
+        self.found = self.found._replace(rows=None)  # they are among the others
         self.fixed = Found(ritz.values[ends], ritz.norms[ends], fact.vectors(ritz.coefficients[:, ends]))
         room = fact.capacity - fact.m - len(ends)
         is_enough = room >= max(0.6 * fact.capacity, 6 * self.goal.k + 20)
@@ -268,7 +269,7 @@ class Search:
         theta, y = eigh((t + t.T) / 2)
         wanted, ends = self.goal.wanted(len(theta)), self._ends(len(theta), len(theta))
         nothing = np.zeros(len(theta))
-        self.found = Found(theta[wanted], nothing[wanted], fact.tensor(y[:, wanted].T) @ rows)
+        self.found = Found(theta[wanted], nothing[wanted], None)
         self.fixed = Found(theta[ends], nothing[ends], combine(rows, fact.tensor(y[:, ends].T)))
 
     def estimate_number(self, y: NDArray) -> Nullity | None:
@@ -291,12 +292,12 @@ class Search:
         )
         bounds = self.bounds.times(self.fact.scale**2)
         details = {} if self.nullity is None else {"nullity": self.nullity}
-        return self._answer(self.found.rows, evidence, (bounds.low, bounds.high), details)
+        return self._answer(self.found_rows, evidence, (bounds.low, bounds.high), details)
 
     def partial(self) -> Answer:
         """What there is."""
         if self.found is not None:
-            return self._answer(self.found.rows)
+            return self._answer(self.found_rows)
         y = self.fact.ritz().coefficients
         return self._answer(self.fact.vectors(y[:, self.goal.wanted(self.fact.m)]))
 
@@ -315,6 +316,14 @@ class Search:
         top = min(self.goal.top, vectors.shape[1])
         details = {"restarts": self.log.restarts, "history": self.log.history} | dict(details or {})
         return Answer(vectors[:, :top], vectors[:, top:], evidence, bounds, details, n_earlier=self.log.earlier)
+
+    @property
+    def found_rows(self) -> Tensor:
+        """The vectors of what was found, which may be the first and the last of those set apart."""
+        if self.found.rows is not None:
+            return self.found.rows
+        rows = self.fixed.rows
+        return torch.cat([rows[: self.goal.bottom], rows[len(rows) - self.goal.top :]])
 
     def write(self, at_once: bool = False) -> None:
         """To the checkpoint, when it is time to; nothing but the factorization has changed since the phase began."""

@@ -54,7 +54,8 @@ def golub_kahan(
     max_basis : int, optional
         Vectors in V, by default as many as `basis_memory` holds, at most 1500.
     basis_memory : int
-        Bytes for V; all that is held beside it is at most a fifth of that. (The process may grow by more, where glibc
+        Bytes for V; all that is held beside it is at most a fifth of that, and products take some on their way. (The
+        process may grow by more, where glibc
         is older than 2.38 and can't use again the holes that aligned tensors leave: set ``MALLOC_MMAP_THRESHOLD_`` to
         1000000 in its environment.)
     v0 : ndarray, shape (N,) or (N, p), optional
@@ -273,7 +274,7 @@ def probe(search: Search, p: int) -> bool:
     if len(joined):
         search.join(fact.vectors(ritz.coefficients[:, joined]))
         fact.reset(search.given)
-        fact.extend(search.found.rows, random_part=0.0)
+        fact.extend(search.found_rows, random_part=0.0)
         search.phase = "join"
     search.n_seen += p
     return len(joined) > 0
