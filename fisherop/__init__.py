@@ -1,4 +1,19 @@
-"""Extreme eigenvectors of the Fisher information of any PyTorch model at an image, with certificates."""
+"""Extreme eigenvectors of the Fisher information of any PyTorch model at an image, with certificates.
+
+For vision scientists: ``ed = Eigendistortion(image, model).synthesize()`` finds the changes of an image that a model
+notices most and least; ``print(ed.result)`` shows the certificate, and ``fisherop.plot.eigendistortions(ed)`` a figure.
+
+For users of SciPy: `JacobianOperator` and `FisherOperator` are SciPy's ``LinearOperator``s, of a model at an
+image or, by their method ``of``, of any matrix. `eigenpairs` finds both ends of F's spectrum, `singular_triplets` those
+of any matrix, and `certify` judges vectors that another solver found.
+
+Modules: `fisherop.plot` (figures), `fisherop.images` (photographs and test images), `fisherop.testing` (for your own
+tests), `fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the protocol behind the operators, and what
+Jacobians are made of). They are loaded when they are first used.
+"""
+
+import importlib
+from typing import Any
 
 from fisherop.certificate import certify
 from fisherop.eigendistortion import Eigendistortion
@@ -28,3 +43,14 @@ __all__ = [
     "linearize",
     "singular_triplets",
 ]
+_MODULES = ("images", "plenoptic", "plot", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fisherop.{name}")
+    raise AttributeError(f"module 'fisherop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -38,8 +38,13 @@ class Eigendistortion(BuiltAnew):
     ----------
     operator : FisherOperator, shape (N, N)
     model : callable or nn.Module
+    image : Tensor, shape ``image_shape``
     result : EigenResult or None
         The certified pairs, after `synthesize`.
+    eigendistortions, eigenvalues, eigenindex : Tensor or None
+        What it holds, as tensors on the image's device: (K, ...), (K,) and (K,).
+    jacobian : Tensor or None, shape (M, N)
+        Once ``method="exact"`` or `compute_jacobian` has computed it.
 
     Notes
     -----
@@ -53,8 +58,12 @@ class Eigendistortion(BuiltAnew):
 
     Examples
     --------
-    >>> ed = Eigendistortion(image, model).synthesize()  # doctest: +SKIP
-    >>> print(ed.result)  # doctest: +SKIP
+    >>> import torch
+    >>> from fisherop import Eigendistortion
+    >>> image = torch.linspace(0, 1, 12, dtype=torch.float64)
+    >>> ed = Eigendistortion(image, torch.sin).synthesize(progress=False)
+    >>> ed.eigenvalues.sqrt()  # the slope of the sine is its cosine: at 0, and at 1
+    tensor([1.0000, 0.5403], dtype=torch.float64)
     """
 
     def __init__(
@@ -84,6 +93,7 @@ class Eigendistortion(BuiltAnew):
         *,
         which: str | None = None,
         tol: float | None = None,
+        maxiter: int | None = None,
         rng: int | np.random.Generator | None = None,
         progress: bool = True,
         on_failure: str = "raise",
@@ -93,13 +103,14 @@ class Eigendistortion(BuiltAnew):
     ) -> Eigendistortion:
         """Find the eigendistortions.
 
-        Called again with ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, it searches nothing
-        where what is there holds all that is asked for, at a larger tol or for fewer. Else it goes on from its Krylov
-        basis, for more, for a smaller tol, or after an interrupt or too few iterations; for when it can't, see `state`
-        in `fisherop.solvers.golub_kahan`. The object holds that basis; a new one begins anew, with its own `rng`.
+        Call it again to go on. With ``"golub_kahan"``, which ``"auto"`` takes where the problem is large, the stored
+        result is returned if it already answers the request. Otherwise the search continues from its Krylov basis,
+        which the object holds: for more pairs, a smaller tol, or after an interrupt or too few iterations. When it
+        begins anew instead: "Resuming" in docs/design.md.
 
-        After Ctrl-C what ``"golub_kahan"`` has found so far is certified and kept in `result`, unless an earlier one
-        has more converged pairs; a second Ctrl-C ends at once. Of other methods nothing is kept.
+        After Ctrl-C, what ``"golub_kahan"`` has found so far is certified and kept in `result`, unless an earlier one
+        has more converged pairs; call `synthesize` again to continue. A second Ctrl-C ends at once. Of other methods
+        nothing is kept.
 
         Parameters
         ----------
@@ -107,8 +118,8 @@ class Eigendistortion(BuiltAnew):
             The solver, as in `eigenpairs`.
         k : int, optional
             How many at each end; by default 1, and all N with ``method="exact"``.
-        max_iter : int, optional
-            The solver's own iterations.
+        max_iter, maxiter : int, optional
+            The solver's own iterations; two names for one argument.
         p, q : int, optional
             Oversampling and power iterations of ``"randomized_svd"``.
         which : {"both", "largest", "smallest"}, optional
@@ -123,7 +134,7 @@ class Eigendistortion(BuiltAnew):
         checkpoint_seconds : float
             From one write to the next; longer where writes would take more than 5 % of the time.
         rng, progress, on_failure, **options
-            As in `eigenpairs`.
+            As in `eigenpairs`, which lists the options of each method.
 
         Returns
         -------
@@ -145,9 +156,11 @@ class Eigendistortion(BuiltAnew):
         if tol is not None and stop_criterion is not None:
             raise ValueError(f"tol={tol!r} and stop_criterion={stop_criterion!r} mean the same: give one of them")
         name = method if isinstance(method, str) else None
-        for option in {"maxiter", "state"} & options.keys():
-            raise TypeError(f"synthesize has no option {option!r}: it has max_iter, and a state of its own")
-        max_iter = checks.integer("max_iter", max_iter, 1, 2**31 - 1, optional=True)
+        if "state" in options:
+            raise TypeError("synthesize has no option 'state': it has a state of its own")
+        if max_iter is not None and maxiter is not None:
+            raise ValueError(f"max_iter={max_iter!r} and maxiter={maxiter!r} mean the same: give one of them")
+        max_iter = checks.integer("max_iter", maxiter if max_iter is None else max_iter, 1, 2**31 - 1, optional=True)
         tolerance = next(t for t in (tol, stop_criterion, 1e-6) if t is not None)
         options |= {name: value for name, value in (("p", p), ("q", q)) if value is not None}
         if k is None:
@@ -177,7 +190,7 @@ class Eigendistortion(BuiltAnew):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Eigendistortion:
-        """Move to another device, or to another precision, in place; the model that was passed stays as it is.
+        """Move to another device, or to another precision, in place, and return itself; your model stays as it is.
 
         A module is copied, then moved. What was found is certified anew by products in the new arithmetic; a Jacobian
         is computed anew.
@@ -186,11 +199,6 @@ class Eigendistortion(BuiltAnew):
         ----------
         *args, **kwargs
             A device, a dtype (float32 or float64), or both, as `torch.Tensor.to` takes them.
-
-        Returns
-        -------
-        Eigendistortion
-            Itself.
 
         Raises
         ------
@@ -221,7 +229,7 @@ class Eigendistortion(BuiltAnew):
             It would take more than 2 GiB.
         """
         progress = checks.flag("progress", progress)
-        with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as operator:
+        with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as (operator, _):
             operator.jacobian.to_dense()
         return self.jacobian
 
@@ -310,16 +318,7 @@ class Eigendistortion(BuiltAnew):
         return contents(self._found(), self.operator.linearization, type(self), self.model)
 
     def load(self, path: str | os.PathLike) -> Eigendistortion:
-        """Take the result that `save` wrote, for the same image and model.
-
-        Parameters
-        ----------
-        path : str or path-like
-
-        Returns
-        -------
-        Eigendistortion
-            Itself.
+        """Take the result that `save` wrote to `path`, for the same image and model, and return itself.
 
         Raises
         ------

@@ -70,14 +70,17 @@ def eigenpairs(
     on_failure : {"raise", "warn"}
         What happens when a pair did not converge.
     state : dict, optional
-        For ``"golub_kahan"``, to go on another time: an empty one at first, then the same one with the same operator.
-        Where the last result holds all that is asked for, to `tol` or a smaller one, and there are no options, nothing
-        is searched; else the search goes on. After Ctrl-C ``state["result"]`` holds what was found, certified.
+        For ``"golub_kahan"``. Pass ``{}`` at first. The search is stored there; pass the same dict again, with the same
+        operator, to go on. If the stored result already answers the request, it is returned, unless there are options.
+        After Ctrl-C ``state["result"]`` holds what was found, certified.
     against : torch.dtype or FisherOperator, optional
         Whose products judge what was found, as in `certify`: with ``torch.float64``, those of a copy of the model in
         that precision, one linearization and as many products as there are pairs.
     **options
-        The solver's own; see there.
+        The solver's own, described in its docstring, as in ``help(fisherop.solvers.golub_kahan.golub_kahan)``:
+        ``"golub_kahan"`` takes max_basis, basis_memory, v0, orthogonal_to and callback; ``"exact"`` max_bytes;
+        ``"eigsh"`` and ``"svds"`` ncv; ``"lobpcg"`` preconditioner; ``"primme"`` ncv and preconditioner;
+        ``"randomized_svd"`` p and q.
 
     Returns
     -------
@@ -131,7 +134,9 @@ def eigenpairs(
     sample: Sample | None = None
     certificate = 1.5 * min(n, 2 * k) + 2
     total = min(operator.jacobian.shape) / 2 + certificate if name == "exact" else None
-    with progress_bar(operator, name, total, progress) as operator:
+    with progress_bar(operator, name, total, progress, tol) as (operator, bar):
+        if progress and "callback" in solver.options and callable(options.get("callback", print)):
+            options["callback"] = bar.watching(options.get("callback"))
         inner, run = operator, solver.solve
         if not solver.is_robust:
             sample = Sample.of(operator, checks.spawned(rng))

@@ -224,9 +224,16 @@ def _check_same(response: Tensor, again: Tensor) -> None:
 
 def check_image(image: Tensor) -> None:
     cure = "the image comes first, then the model" if callable(image) else "use torch.as_tensor(image)"
+    if isinstance(image, tuple | list | Mapping) and any(isinstance(part, Tensor) for part in _values(image)):
+        cure = "bind the model's other arguments, as functools.partial(model, mask=mask) does, and pass one tensor"
     checks.instance("image", image, Tensor, "a torch.Tensor", cure)
     if image.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"image must be float32 or float64, got {image.dtype}: use image.to(torch.float32)")
+        cure = "use image.to(torch.float32)"
+        if not image.is_floating_point() and not image.is_complex():
+            cure = "use image / 255, or whatever makes of it the numbers that the model was trained on"
+        elif image.is_complex():
+            cure = "use torch.view_as_real(image), and a model that takes it"
+        raise TypeError(f"image must be float32 or float64, got {image.dtype}: {cure}")
     if image.layout != torch.strided or image.is_meta:
         raise TypeError(
             f"image must be dense and hold values, got {image.layout} on {image.device}: use image.to_dense(), and "
@@ -242,6 +249,10 @@ def check_image(image: Tensor) -> None:
         )
     if not checks.is_finite(image):
         raise ValueError("image holds NaN or infinity")
+
+
+def _values(image: Any) -> Any:
+    return image.values() if isinstance(image, Mapping) else image
 
 
 def check_mode(model: Callable[[Tensor], Any]) -> None:

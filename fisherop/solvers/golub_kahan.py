@@ -68,14 +68,9 @@ def golub_kahan(
         Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
         the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
     state : dict, optional
-        Empty, for the search to stay in it, however it ends; with a search of this operator, to go on from there, by
-        its own random stream, for more pairs, the other end, a smaller tol, or after it was stopped. For k > 1 the look
-        for missed eigenvalues starts over, so that `maxiter` must cover it. V takes memory as long as the dict lives.
-        A search begins anew with `v0` or `orthogonal_to`, which also discard the one that was kept; for more pairs or
-        the other end after a restart, which kept no more than was wanted then; with another `max_basis`, where V took
-        more than a sixth of it; and where the look for missed eigenvalues needed the memory of V: where V could hold
-        all N, or took more than about a third of `max_basis`. A `fisherop.checkpoint.Checkpoint` at ``"checkpoint"``
-        writes the search to a file as it goes, and a search that it has read goes on from there.
+        Pass ``{}`` at first. The search is stored there, however it ends; pass the same dict again to go on, for more
+        pairs, the other end, a smaller tol, or after it was stopped. It goes on by its own random stream. The basis V
+        takes memory as long as the dict lives. When a search begins anew all the same: "Resuming" in docs/design.md.
 
     Returns
     -------
