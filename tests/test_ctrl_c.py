@@ -60,14 +60,14 @@ def assert_right(ed, k):
 
 
 @given(at=st.floats(0, 160), k=st.integers(1, 3), max_basis=st.sampled_from([None, 45]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @pytest.mark.slow
 def test_at_any_product(at, k, max_basis):
     check_at_any_product(at, k, max_basis)
 
 
 @given(at=st.floats(0, 160), k=st.integers(1, 3), max_basis=st.sampled_from([None, 45]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_at_some_products(at, k, max_basis):
     check_at_any_product(at, k, max_basis)
 

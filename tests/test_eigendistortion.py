@@ -94,7 +94,7 @@ def test_failure_leaves_the_object_as_it_was():
 
 
 @given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(), (1,), (2, 3)]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_thresholds_and_changes_of_the_response(seed, dtype, shape):
     """A linear model moves by √λ · scale at any scale, so by 1 at the threshold; x ↦ A (x + x²) does so near zero."""
     rng = np.random.default_rng(seed)
@@ -157,7 +157,7 @@ ENDS = st.sampled_from(["both", "largest", "smallest"])
     st.lists(st.tuples(st.integers(1, 4), ENDS, st.floats(-8, -3)), min_size=2, max_size=4),
     st.sampled_from(["gaps", "cluster", "repeated", "null", "gapless"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_asked_for_last_is_the_answer(seed, steps, kind):
     """Whatever was there before."""
     sigma = {

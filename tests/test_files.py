@@ -446,7 +446,7 @@ def test_a_status_that_its_numbers_refute(saved):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_changed_anywhere(saved, ed, data):
     """Loaded as it was, or refused."""
     ed.save(saved)

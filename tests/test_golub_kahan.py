@@ -63,7 +63,7 @@ def test_no_claim_is_false():
         matrix=spectra(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 5), seed=st.integers(0, 2**32 - 1),
         which=st.sampled_from(["both", "largest", "smallest"]), small=st.booleans(),
     )  # fmt: skip
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def one(matrix, dtype, k, seed, which, small):
         n = matrix.shape[1]
         k = min(k, n // 2 if which == "both" else n)
@@ -97,7 +97,7 @@ def test_no_claim_is_false_where_a_search_goes_on():
         matrix=spectra(), dtype=st.sampled_from(DTYPES), steps=st.lists(step, min_size=2, max_size=4),
         seed=st.integers(0, 2**32 - 1),
     )  # fmt: skip
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def one(matrix, dtype, steps, seed):
         operator, state, n = linear_operator(matrix, dtype), {}, matrix.shape[1]
         for k, which, factor, maxiter, small in steps:
@@ -369,7 +369,7 @@ def test_a_state_is_of_one_operator():
 
 
 @given(products=st.floats(0, 60), k=st.integers(1, 3), max_basis=st.sampled_from([38, 250]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_interrupt_at_any_product_leaves_what_a_search_can_go_on_from(products, k, max_basis):
     sigma = np.r_[np.linspace(3, 1, 297), [0.3, 0.2, 0.1]]
     operator, state = diagonal(sigma), {}
@@ -537,7 +537,7 @@ def test_repeated_values_in_the_smallest_basis():
 
 
 @given(which=st.sampled_from(["both", "largest", "smallest"]), q=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 def test_the_next_pairs(which, q, seed):
     """Step by step with orthogonal_to, or at once: the same eigenvalues, repeated ones as well.
 

@@ -138,7 +138,7 @@ def test_a_stack_multiplies_by_f_without_a_response_of_all():
 
 @pytest.mark.parametrize("source", list(SOURCES))
 @given(matrix=matrices(max_m=20, max_n=14), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_operators_of_anything(source, matrix, dtype, seed):
     matrix = matrix.astype(str(dtype).removeprefix("torch."))
     J, F = (kind.of(SOURCES[source](matrix)) for kind in (JacobianOperator, FisherOperator))
@@ -161,7 +161,7 @@ def test_operators_of_anything(source, matrix, dtype, seed):
     matrix=matrices(max_m=20, max_n=14), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1),
     method=st.sampled_from(["golub_kahan", "exact"]),
 )  # fmt: skip
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_solvers_on_anything(source, matrix, dtype, seed, method):
     tol = 1e-5 if dtype == torch.float32 else 1e-6
     F = FisherOperator.of(SOURCES[source](matrix.astype(str(dtype).removeprefix("torch."))))
@@ -244,7 +244,7 @@ def test_parts_that_do_not_fit():
 
 @pytest.mark.filterwarnings("ignore:J is zero")
 @given(matrix=matrices(max_m=20, max_n=20), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_singular_triplets(matrix, dtype, seed):
     tol = 1e-5 if dtype == torch.float32 else 1e-6
     m, n = matrix.shape

@@ -24,7 +24,7 @@ given_matrix = given(matrix=matrices(), dtype=st.sampled_from(DTYPES), seed=st.i
 
 
 @given_matrix
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_laws(matrix, dtype, seed):
     """J is the weight matrix, F = JᵀJ; adjoint, symmetric, positive semidefinite, linear; blocks are columns."""
     F = linear_operator(matrix, dtype)

@@ -39,7 +39,7 @@ def test_repeated_small_eigenvalues_are_in_order_but_for_rounding(low, k, method
 @pytest.mark.filterwarnings("ignore:J is zero")
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 9), flat=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bounds_hold_in_float32(method, seed, n, flat):
     """Also where few eigenvalues leave no slack to hide rounding in."""
     rng = np.random.default_rng(seed)

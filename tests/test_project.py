@@ -1,6 +1,7 @@
 """The order of imports, and everything that the README and the examples promise to run."""
 
 import ast
+import doctest
 import importlib
 import os
 import pathlib
@@ -10,6 +11,9 @@ import sys
 
 import pytest
 import torch
+
+import fisherop
+import fisherop.eigendistortion
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
@@ -115,6 +119,25 @@ def run(script, cwd):
 def test_importing_loads_no_matplotlib(tmp_path):
     out = run(["-c", "import sys, fisherop; print([m for m in sys.modules if m.startswith('matplotlib')])"], tmp_path)
     assert out.strip() == "[]"
+
+
+def test_modules_load_when_they_are_first_used(tmp_path):
+    code = "import fisherop; print([getattr(fisherop, m).__name__ for m in ('plot', 'images', 'testing', 'plenoptic')])"
+    assert "'fisherop.plot', 'fisherop.images', 'fisherop.testing', 'fisherop.plenoptic'" in run(["-c", code], tmp_path)
+    with pytest.raises(AttributeError, match="module 'fisherop' has no attribute 'plots'"):
+        fisherop.plots  # noqa: B018
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_module_is_shadowed_by_a_name(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert importlib.import_module(name) is sys.modules[name]
+    parent, _, own = name.rpartition(".")
+    assert getattr(sys.modules[parent], own) is sys.modules[name]
+
+
+def test_the_example_of_a_docstring():
+    assert doctest.testmod(fisherop.eigendistortion, raise_on_error=True).attempted >= 4
 
 
 EXAMPLES = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name != "models.py"]

@@ -35,7 +35,7 @@ def test_true_eigenvectors_pass(dtype):
 
 
 @given(seed=st.integers(0, 2**32 - 1), size=st.floats(-5.5, -1), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_perturbed_vectors_are_rejected(seed, size, dtype):
     """Turned by an angle well over tol, no vector passes; the residual is what dense float64 algebra says."""
     F, v, matrix = known(dtype=dtype)
@@ -114,7 +114,7 @@ def test_what_is_no_answer_raises(change, index, message):
 
 @pytest.mark.filterwarnings("ignore:J is zero")
 @given(matrix=matrices(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_bounds_hold(matrix, dtype, seed):
     """Whatever vectors are certified, the intervals contain the dense extremes, and no claim is false."""
     F = linear_operator(matrix, dtype)
