@@ -358,7 +358,7 @@ def check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
     if deviation > 1000 * eps:
         raise ValueError(
             f"vectors must be orthonormal to {1000 * eps:.0e}, but VᵀV differs from the identity by {deviation:.1e}: "
-            "orthonormalise them first, with numpy.linalg.qr"
+            "orthonormalize them first, with numpy.linalg.qr"
         )
     return np.sqrt(np.diag(gram))
 

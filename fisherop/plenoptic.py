@@ -137,7 +137,7 @@ def display_eigendistortion(
         The distortion's norm, in the image's units.
     process_image : callable, optional
         Makes of the image, with or without distortion and of its shape, on the CPU, what is shown, such as by undoing
-        a normalisation.
+        a normalization.
     as_rgb, channel_idx, zoom, vrange, ax
         As in `fisherop.plot.imshow`; `vrange` by default of the image alone.
 

@@ -91,7 +91,7 @@ def test_null_is_proven_jointly():
             [0],
             "vectors must be orthonormal to 2e-13, but VᵀV differs from the identity by 3.0e",
         ),
-        (lambda v: (1 + 1e-9) * v[:, :1], [0], r"differs from the identity by 2\.0e-09: orthonormalise"),
+        (lambda v: (1 + 1e-9) * v[:, :1], [0], r"differs from the identity by 2\.0e-09: orthonormalize"),
         (lambda v: v[:, [0, 0]], [0, 1], r"differs from the identity by 1\.0e\+00"),
         (
             lambda v: v[:, :1] * np.nan,

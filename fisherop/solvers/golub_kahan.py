@@ -36,9 +36,9 @@ def golub_kahan(
     callback: Callable[[dict[str, Any]], None] | None = None,
     state: dict[str, Any] | None = None,
 ) -> Answer:
-    """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalisation of J.
+    """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalization of J.
 
-    The basis V of the input side is orthogonalised in full, the left vectors are not kept: with ``J V = U B`` only
+    The basis V of the input side is orthogonalized in full, the left vectors are not kept: with ``J V = U B`` only
     ``T = BᵀB = VᵀF V`` is needed, and V [1]_. T is small, in float64; its eigenpairs give the Ritz pairs of F and, for
     free, their residuals. Where V is full, harmonic Ritz vectors of both ends replace it [2]_ [3]_.
 
@@ -54,10 +54,9 @@ def golub_kahan(
     max_basis : int, optional
         Vectors in V, by default as many as `basis_memory` holds, at most 1500.
     basis_memory : int
-        Bytes for V; all that is held beside it is at most a fifth of that, and products take some on their way. (The
-        process may grow by more, where glibc
-        is older than 2.38 and can't use again the holes that aligned tensors leave: set ``MALLOC_MMAP_THRESHOLD_`` to
-        1000000 in its environment.)
+        Bytes for V; all that is held beside it is at most a fifth of that, and products take some on their way. The
+        process may grow by more where glibc is older than 2.38, which can't use again the holes that aligned tensors
+        leave: set ``MALLOC_MMAP_THRESHOLD_`` to 1000000 in its environment.
     v0 : ndarray, shape (N,) or (N, p), optional
         Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.1, so that no
         eigenvector is left out.
@@ -93,7 +92,7 @@ def golub_kahan(
     .. [1] G. H. Golub and W. Kahan, Calculating the singular values and pseudo-inverse of a matrix, SIAM J. Numer.
        Anal. 2 (1965). G. H. Golub and R. Underwood, The block Lanczos method for computing eigenvalues, in:
        Mathematical Software III (1977). H. D. Simon and H. Zha, Low-rank matrix approximation using the Lanczos
-       bidiagonalization process, SIAM J. Sci. Comput. 21 (2000): one-sided reorthogonalisation; when to repeat it:
+       bidiagonalization process, SIAM J. Sci. Comput. 21 (2000): one-sided reorthogonalization; when to repeat it:
        J. W. Daniel, W. B. Gragg, L. Kaufman and G. W. Stewart, Reorthogonalization and stable algorithms for updating
        the Gram–Schmidt QR factorization, Math. Comp. 30 (1976).
     .. [2] K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix

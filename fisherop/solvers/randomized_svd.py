@@ -35,7 +35,7 @@ def randomized_svd(
     p : int
         Oversampling: k + p random vectors.
     q : int
-        Power iterations, re-orthonormalised at each half.
+        Power iterations, re-orthonormalized at each half.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 An engine is made of a function of the image that gives a flat response, the image, and that response. It has
 ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They are called
-without gradients being recorded. Where k = 1, nothing is vectorised.
+without gradients being recorded. Where k = 1, nothing is vectorized.
 """
 
 from fisherop.model.engines.nodes import NotLinear

@@ -1,7 +1,7 @@
 """A tape of the tensor operations that a function performs, for functions that are linear in one of their inputs.
 
 What depends on that input is the *linear* part, what remains is constant: *image* where it depends on the point of
-linearisation, *static* where it depends on nothing but parameters. Constants are computed once, the linear part at
+linearization, *static* where it depends on nothing but parameters. Constants are computed once, the linear part at
 every product.
 """
 

@@ -77,7 +77,7 @@ class Program:
     """What tracing leaves: of a model, for images of one shape and dtype.
 
     ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v, and
-    so does `plain`, by operations that can be vectorised. `reads` are the addresses of the tensors that the model read,
+    so does `plain`, by operations that can be vectorized. `reads` are the addresses of the tensors that the model read,
     beside the image.
     """
 
@@ -130,7 +130,7 @@ class Program:
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")
-                program = self._vectorised(self.plain[direction], constants, trial)
+                program = self._vectorized(self.plain[direction], constants, trial)
             last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
             tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
             if ((last - one).abs() > tolerance).any():
@@ -141,7 +141,7 @@ class Program:
         return program
 
     @staticmethod
-    def _vectorised(plain: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
+    def _vectorized(plain: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
         tape = Tape()
         inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
         out = lower(tape, tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
