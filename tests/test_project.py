@@ -39,6 +39,7 @@ ORDER = [
     "model.programs",
     "model.trial",
     "model.current",
+    "model.build",
     "model.pickles",
     "model.linearize",
     "model.layers",

@@ -13,8 +13,6 @@ from torch import Tensor
 from fisherop.checks import warn
 from fisherop.model.compat import attempt
 from fisherop.model.contents import Contents
-from fisherop.model.engines import DoubleBackward, Functional
-from fisherop.model.engines.plain import forward_mode, slope_by_backward
 from fisherop.model.guard import Guard
 from fisherop.model.response import Response, check_mode
 from fisherop.model.slopes import norm
@@ -79,10 +77,11 @@ class Current:
             trains = f": {error}"
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         what = f"the model has changed since it was linearized (in {names}{trains})"
-        calls = isinstance(self._engine, Functional)
         stale = warning = None
         with torch.inference_mode(False), torch.no_grad():
-            if (trains and calls) or not self._agrees(self._multiplied, self._trial.jv, self._trial.jtu):
+            if (trains and self._engine.calls_model) or not self._agrees(
+                self._multiplied, self._trial.jv, self._trial.jtu
+            ):
                 stale = (
                     f"{what}, so that products by the {type(self._engine).__name__} engine may be neither of the "
                     "model as it was nor of the model as it is: linearize it again"
@@ -100,9 +99,8 @@ class Current:
         return self._engine.jvp(self._trial.v), self._engine.vjp(self._trial.u)
 
     def _differentiated(self) -> tuple[Tensor, Tensor]:
-        if isinstance(self._engine, DoubleBackward):
-            return self._respond(self._image), slope_by_backward(self._respond, self._image, self._trial.v[0])
-        return forward_mode(self._respond, self._image, self._trial.v[0])
+        slope = self._engine.slope(self._respond, self._image, self._trial.v[0])
+        return self._respond(self._image), slope
 
     def _agrees(self, compute: Callable[[], tuple[Tensor, Tensor]], *expected: Tensor) -> bool:
         """Whether these are what they were, but for rounding; not where computing them fails."""

@@ -2,7 +2,15 @@
 
 An engine is made of a function of the image that gives a flat response, the image, and that response. It has
 ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They are called
-without gradients being recorded. Where k = 1, nothing is vectorized.
+without gradients being recorded. Where k = 1, nothing is vectorized. Beside these it has
+
+- ``name``;
+- ``is_recorded``: products are recorded operations, which any thread may run at any time, and whose blocks it tries
+  itself; else they are made by differentiating, which is done by one thread at a time;
+- ``calls_model``: a product J v runs the model;
+- ``program``: what other images can resume, or None;
+- ``chunk_size(bytes)``: how many products it should make together, where a call of the model computes so many bytes;
+- ``slope(respond, x, v)``: J v at x by PyTorch alone, in a mode that the model has.
 """
 
 from fisherop.model.engines.nodes import NotLinear

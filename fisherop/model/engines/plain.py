@@ -8,9 +8,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
+_MAX_CHUNK = 64
 
-class Functional:
+
+class _Plain:
+    """What its two engines share: see `fisherop.model.engines`."""
+
+    is_recorded = calls_model = False
+    program = None
+
+    @staticmethod
+    def chunk_size(bytes_: int) -> int:
+        return max(1, min(_MAX_CHUNK, _BLOCK_BYTES // max(1, bytes_)))
+
+    @staticmethod
+    def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+        return slope(respond, x, v)
+
+
+class Functional(_Plain):
     """Dual numbers for J v, at every product anew; for Jᵀu the backward pass of one forward pass that is kept."""
+
+    name = "functional"
+    calls_model = True
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self._respond = respond
@@ -27,11 +48,18 @@ class Functional:
         return _gradients(*self._graph, cotangents)
 
 
-class DoubleBackward:
+class DoubleBackward(_Plain):
     """For functions that have no forward mode: g(u) = Jᵀu is linear in u, and J v is the gradient of ⟨g(u), v⟩.
 
     Both graphs, of the function and of g, are built once and kept.
     """
+
+    name = "double_backward"
+
+    @staticmethod
+    def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+        """J v at x, flat, by differentiating the backward pass."""
+        return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self._graph = with_graph(respond, image)
@@ -66,11 +94,6 @@ def with_graph(respond: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tens
 def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     """J v at x, flat, by dual numbers."""
     return forward_mode(respond, x, v)[1]
-
-
-def slope_by_backward(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """J v at x, flat, by differentiating the backward pass."""
-    return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
 
 def _gradients(output: Tensor, wrt: Tensor, weights: Tensor) -> Tensor:

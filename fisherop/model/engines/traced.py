@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherop.model.engines.lower import lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
-from fisherop.model.engines.plain import forward_mode, with_graph
+from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.simplify import simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
@@ -36,9 +36,10 @@ class Traced:
         What other images can resume.
     response : Tensor or None
         The response to the image, flat, by the program that an earlier image left; None where the program is new.
-    chunk_size : int
-        How many vectors should go through the program together.
     """
+
+    name = "traced"
+    is_recorded, calls_model = True, False
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
         self.response = None
@@ -57,9 +58,12 @@ class Traced:
         self.response, *self._constants = program.prepare(image)
         return self
 
-    @property
-    def chunk_size(self) -> int:
+    def chunk_size(self, bytes_: int) -> int:
         return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self.program.largest_bytes))
+
+    @staticmethod
+    def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+        return slope(respond, x, v)
 
     def jvp(self, tangents: Tensor) -> Tensor:
         return self.program.product("jvp", self._constants, tangents)
