@@ -1,6 +1,7 @@
 """Models, devices and tolerances that the tests share."""
 
 import importlib.util
+import pathlib
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from fisherop import FisherOperator
 from fisherop.testing import linear_model, matrix_with_singular_values
 
+SPECTRA = {p.stem: np.load(p) for p in sorted((pathlib.Path(__file__).parent / "spectra").glob("*.npy"))}
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ITERATIVE = ("golub_kahan", "eigsh", "lobpcg", "svds", "power")
@@ -58,6 +60,12 @@ def linear_operator(matrix, dtype=torch.float64, shape=None, device="cpu") -> Fi
     n = matrix.shape[1]
     image = torch.linspace(0, 1, n, dtype=dtype, device=device).reshape(shape or (n,))
     return FisherOperator(image, linear_model(matrix, dtype))
+
+
+def diagonal(sigma):
+    """The model y = σ x: from a random start, every model of these singular values takes the same course."""
+    sigma = torch.as_tensor(sigma)
+    return FisherOperator(torch.zeros(len(sigma), dtype=sigma.dtype), lambda x: sigma * x)
 
 
 @st.composite

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from inputs import everything, prepared
 from matplotlib import pyplot
-from test_bad_inputs import everything, prepared
 from unharmed import same
 
 import fisherop

@@ -1,13 +1,18 @@
 """Whether a model is as before, with nothing of a transform, a graph or a recording left in it."""
 
+import gc
+import random
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from helpers import assert_close
 from kinds import flat, plain
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint
 
 
 def respond(model, x: Tensor) -> Tensor:
@@ -91,3 +96,26 @@ def check_unharmed(model, before: dict, control, *, writes: bool = False) -> Non
     if isinstance(model, nn.Module):
         assert dict(model.named_buffers()).keys() == dict(control.named_buffers()).keys(), "caches are kept"
         assert flags(model) == flags(control)
+
+
+def settings():
+    """What an interrupt might leave changed."""
+    _, *numpy = np.random.get_state()  # noqa: NPY002
+    return {
+        "mkldnn": torch._C._get_mkldnn_enabled(),
+        "mha": torch.backends.mha.get_fastpath_enabled(),
+        "sdp": [getattr(torch._C, f"_get_{n}_sdp_enabled")() for n in ("flash", "mem_efficient", "math", "cudnn")],
+        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
+        "level": forward_ad._current_level,
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "checkpoint": getattr(checkpoint, "_NoopSaveInputs", None),
+        "gc": gc.isenabled(),
+        "warnings": (warnings.filters[:], warnings.showwarning),
+        "random": random.getstate(),
+        "numpy": [part.tobytes() if isinstance(part, np.ndarray) else part for part in numpy],
+        "torch": torch.get_rng_state().tolist(),
+    }

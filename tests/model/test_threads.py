@@ -145,7 +145,6 @@ def another_thread(step):
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(2).tolist(), lambda: np.random.rand(2).tolist(), random.random])  # noqa: NPY002
 @pytest.mark.parametrize("engine", list(ENGINES))
-@pytest.mark.filterwarnings("ignore:at each of 12 calls of the model")  # where the machine is slow
 def test_random_numbers_of_another_thread_stay_its_own(engine, draw):
     """They were rewound with those of the model; and a model that draws none was refused for them."""
     seen, model = [], small_model()  # which seeds PyTorch's generator when it is made
@@ -155,6 +154,16 @@ def test_random_numbers_of_another_thread_stay_its_own(engine, draw):
             linearization.jvp(linearization.image[None])
             linearization.respond(linearization.image)
     assert len(seen) > 5 and len(set(seen)) == len(seen)
+
+
+def test_randomness_is_refused_beside_a_thread_that_draws_nothing():
+    """As that of a progress bar."""
+
+    def model(x):
+        return x * (2 if np.random.rand() < 1e-9 else 1)  # noqa: NPY002
+
+    with another_thread(lambda: None), pytest.raises(ValueError, match=r"draws random numbers \(numpy.random\)"):
+        linearize(small_image(), model)
 
 
 def test_settings_that_another_thread_changes_stay_as_it_leaves_them():

@@ -1,23 +1,23 @@
 """An interrupt at any time leaves PyTorch, the generators and the model as they were, and the next call right."""
 
-import gc
 import os
-import random
+import pathlib
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from kinds import flat
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from unharmed import settings
 
 from fisherop import linearize
 from fisherop.model.engines import ENGINES
+
+HERE = [str(folder) for folder in pathlib.Path(__file__).parents[:2]]  # of this file, and of what it imports
 
 
 class Layers(nn.Module):
@@ -48,29 +48,6 @@ class Layers(nn.Module):
 
 def image(seed=0):
     return torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def settings():
-    """What an interrupt might leave changed."""
-    _, *numpy = np.random.get_state()  # noqa: NPY002
-    return {
-        "mkldnn": torch._C._get_mkldnn_enabled(),
-        "mha": torch.backends.mha.get_fastpath_enabled(),
-        "sdp": [getattr(torch._C, f"_get_{n}_sdp_enabled")() for n in ("flash", "mem_efficient", "math", "cudnn")],
-        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
-        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
-        "level": forward_ad._current_level,
-        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "anomaly": torch.is_anomaly_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "checkpoint": getattr(checkpoint, "_NoopSaveInputs", None),
-        "gc": gc.isenabled(),
-        "warnings": (warnings.filters[:], warnings.showwarning),
-        "random": random.getstate(),
-        "numpy": [part.tobytes() if isinstance(part, np.ndarray) else part for part in numpy],
-        "torch": torch.get_rng_state().tolist(),
-    }
 
 
 def contents(model):
@@ -177,8 +154,9 @@ REAL = """
 import random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = [{tests!r}]
-from test_interrupts import Layers, contents, image, products, settings
+sys.path[:0] = {tests!r}
+from test_interrupts import Layers, contents, image, products
+from unharmed import settings
 
 model = Layers().double().eval()
 expected = products(model, "auto", image())
@@ -207,7 +185,7 @@ print(came)
 @pytest.mark.slow
 def test_signals_at_random_times():
     script = "import signal\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\n" + REAL.format(
-        tests=os.path.dirname(__file__), times=200
+        tests=HERE, times=200
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -218,8 +196,9 @@ FORK = """
 import os, sys, threading, time
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = [{tests!r}]
-from test_interrupts import Layers, image, products, settings
+sys.path[:0] = {tests!r}
+from test_interrupts import Layers, image, products
+from unharmed import settings
 from fisherop import linearize
 
 expected = products(Layers().double().eval(), "auto", image())
@@ -258,6 +237,6 @@ assert settings() == before
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch differentiates in threads for CUDA, which no fork has")
 def test_a_fork_while_another_thread_linearizes():
     """The child waits for no thread that it doesn't have, and PyTorch is there as it should be."""
-    script = FORK.format(tests=os.path.dirname(__file__))
+    script = FORK.format(tests=HERE)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

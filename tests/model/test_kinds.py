@@ -217,7 +217,7 @@ for dtype in DTYPES:
 def test_no_process_crashes(name):
     available(name)
     here = pathlib.Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     run = [sys.executable, "-c", SCRIPT, name]
     done = subprocess.run(run, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"

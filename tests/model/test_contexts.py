@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_image, small_model
-from test_interrupts import settings
+from unharmed import settings
 
 from fisherop import Eigendistortion, FisherOperator, certify, eigenpairs, linearize
 from fisherop.model import undisturbed

@@ -1,4 +1,3 @@
-import pathlib
 import re
 import sys
 
@@ -11,6 +10,7 @@ from helpers import (
     DTYPES,
     ITERATIVE,
     METHODS,
+    SPECTRA,
     assert_truthful,
     linear_operator,
     matrices,
@@ -52,18 +52,14 @@ def test_right_or_raises(method, matrix, dtype, k, seed, which):
     assert_truthful(result, matrix)
 
 
-def spectrum(name):
-    return np.load(pathlib.Path(__file__).parent / "spectra" / f"{name}.npy")
-
-
 ELSEWHERE_WRONG = {  # what has been seen of other tools, or of these by themselves, on singular values and k
     "eigsh finds 0 of 4 in 160,000 products": lambda: (np.r_[np.linspace(2, 1, 600), np.zeros(400)], 4),
     "propack says 0 where it is 0.01": lambda: (np.r_[np.linspace(0.94, 0.75, 299), 0.01], 1),
-    "shifted eigsh, PRIMME miss the third of a null space": lambda: (spectrum("resnet18_maxpool_40"), 3),
-    "eigsh with a large basis does not converge": lambda: (spectrum("vgg16_features11_40"), 3),
-    "a criterion that is absolute stops at once": lambda: (1e-3 * spectrum("onoff_56"), 1),
-    "power iteration calls 0.0083 the smallest": lambda: (spectrum("onoff_56"), 1),
-    "power iteration calls 0.006 the smallest": lambda: (spectrum("luminance_gain_56"), 1),
+    "shifted eigsh, PRIMME miss the third of a null space": lambda: (SPECTRA["resnet18_maxpool_40"], 3),
+    "eigsh with a large basis does not converge": lambda: (SPECTRA["vgg16_features11_40"], 3),
+    "a criterion that is absolute stops at once": lambda: (1e-3 * SPECTRA["onoff_56"], 1),
+    "power iteration calls 0.0083 the smallest": lambda: (SPECTRA["onoff_56"], 1),
+    "power iteration calls 0.006 the smallest": lambda: (SPECTRA["luminance_gain_56"], 1),
     "members of a cluster of zeros are left out": lambda: (np.r_[np.linspace(3, 1, 20), np.zeros(40)], 5),
 }
 
