@@ -230,3 +230,18 @@ def test_a_model_may_switch_cudnn_off():
             return x.sin()
 
     assert linearize(torch.ones(3), model).jvp(torch.ones(1, 3)).shape == (1, 3)
+
+
+def test_settings_that_a_failing_model_leaves_changed():
+    """Each of them is put back, also anomaly detection, for which PyTorch has several functions."""
+
+    def model(x):
+        torch.autograd.set_detect_anomaly(True)
+        torch.backends.mha.set_fastpath_enabled(False)
+        raise RuntimeError("as it must")
+
+    linearize(small_image(), small_model())  # what is imported at the first call adds filters of warnings
+    before = settings()
+    with pytest.raises(RuntimeError, match="as it must"):
+        linearize(small_image(), model)
+    assert settings() == before
