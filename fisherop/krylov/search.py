@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
-from fisherop.jacobian import Counted as Jacobian
+from fisherop.jacobian import Counted
 from fisherop.krylov.bounds import DELTA, Bounds, RitzPairs
 from fisherop.krylov.lanczos import LanczosFactorization
 from fisherop.krylov.orthogonalize import combine, eigh, inner
@@ -132,7 +132,7 @@ class Monitor:
         self.restarts, self.spent = 0, 0.0
         self.checkpoint: Any = None
 
-    def begin(self, J: Jacobian, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def begin(self, J: Counted, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """Another call, for the same factorization or a new one."""
         self.J, self.maxiter, self.callback = J, maxiter, callback
         self.history: list[dict[str, Any]] = []
@@ -186,14 +186,14 @@ class Search:
         Of an eigenvalue more than 2 tol beyond those found by the first run.
     """
 
-    def __init__(self, J: Jacobian, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
+    def __init__(self, J: Counted, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
         self.J, self.given, self.rng = J, given, rng
         self.main: LanczosFactorization | None = LanczosFactorization(J, given, self._memory(capacity))
         self.start = Start()
         self.bounds = Bounds()
         self.log = Monitor()
 
-    def ask(self, goal: Goal, J: Jacobian, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def ask(self, goal: Goal, J: Counted, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """What to search for, from the start or in the factorization that is there."""
         self.goal, self.J, self.main.J = goal, J, J
         self.fact = self.main

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from helpers import assert_close
 from kinds import flat
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from unharmed import check_unharmed, respond, state
 
 from fisherop import linearize
@@ -124,7 +124,7 @@ def test_draws_that_are_seeded_inside_are_taken(step, engine):
 
 # Derivatives that are missing, in both directions alike, or wrong
 
-LIBRARY = torch.library.Library("fisherop_refusals", "DEF")
+LIBRARY = library.Library("fisherop_refusals", "DEF")
 LIBRARY.define("cubed(Tensor x) -> Tensor")
 
 
@@ -137,7 +137,7 @@ def below_autograd(x: Tensor) -> Tensor:
 LIBRARY.impl("cubed", below_autograd, "CPU")
 
 
-@torch.library.custom_op("fisherop_refusals::custom", mutates_args=())
+@library.custom_op("fisherop_refusals::custom", mutates_args=())
 def custom(x: Tensor) -> Tensor:
     return x**3
 
