@@ -56,8 +56,8 @@ def eigenpairs(
         ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator` on the same linearization
         with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose
         eigenvectors are the same. It returns ``(values, vectors)`` by descending value, the vectors in columns (N, k),
-        for "both" (N, 2 k); a third item, a dict, goes to ``result.details``. The values are recomputed. Where J is
-        zero, it isn't called.
+        for "both" (N, 2 k); a third item, a dict, goes to ``result.details``; or an `Answer`. The values are
+        recomputed. Where J is zero, it isn't called.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
@@ -115,11 +115,11 @@ def eigenpairs(
     checks.choice("on_failure", on_failure, ("raise", "warn"))
     _check_state(state)
     solver, name, why = _choose(method, options, operator, k)
-    if which == "both" and 2 * k > n and name != "exact":
+    if which == "both" and 2 * k > n and solver is not SOLVERS["exact"]:
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = checks.spawned(rng)
     against = None if against is None else judging(operator, against)
-    keeps = state is not None and solver.resumes
+    keeps = state is not None and solver.is_robust and solver.resumes
     if keeps and not options and against is None:
         found = _recall(operator, state, k, which, tol, name)
         if found is not None:
@@ -133,9 +133,9 @@ def eigenpairs(
     interrupt: BaseException | None = None
     sample: Sample | None = None
     certificate = 1.5 * min(n, 2 * k) + 2
-    total = min(operator.jacobian.shape) / 2 + certificate if name == "exact" else None
+    total = min(operator.jacobian.shape) / 2 + certificate if solver is SOLVERS["exact"] else None
     with progress_bar(operator, name, total, progress, tol) as (operator, bar):
-        if progress and "callback" in solver.options and callable(options.get("callback", print)):
+        if progress and solver.is_robust and "callback" in solver.options and callable(options.get("callback", print)):
             options["callback"] = bar.watching(options.get("callback"))
         inner, run = operator, solver.solve
         if not solver.is_robust:

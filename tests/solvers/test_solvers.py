@@ -197,6 +197,25 @@ def test_own_solver():
     assert_truthful(result, matrix)
 
 
+def test_own_solver_of_no_signature():
+    """As functions written in C may be; its name is no solver's of ours."""
+
+    class Solver:
+        __name__ = "exact"
+
+        @property
+        def __signature__(self):
+            raise ValueError("no signature found")
+
+        def __call__(self, operator, k, which, *, tol, maxiter, rng):
+            v = np.linalg.eigh(operator @ np.eye(30))[1]
+            return None, v[:, [29, 0]]
+
+    F = linear_operator(matrix_with_singular_values(np.linspace(3, 1, 30), 40, 30))
+    result = eigenpairs(F, method=Solver(), rng=0, state={})
+    np.testing.assert_allclose(result.eigenvalues, [9, 1])
+
+
 @pytest.mark.parametrize("column", [1, 15])
 def test_own_solver_that_lies_is_found_out(column):
     """An eigenvector that isn't the extreme one, with a perfect residual; and a vector that is none."""
