@@ -29,7 +29,7 @@ _EPS64 = float(np.finfo(np.float64).eps)
 def certify(
     operator: Any,
     vectors: ArrayLike,
-    eigenindex: Sequence[int],
+    eigenindex: Sequence[int] | NDArray[np.integer],
     *,
     tol: float = 1e-6,
     method: str = "certify",
@@ -61,17 +61,19 @@ def certify(
         −1 stands for N − 1, and so on.
     tol : float
         Relative to λ_max, in whose place stands a Rayleigh quotient: at most λ_max, it makes each inequality stricter.
+    method : str
+        The name of what found the vectors; it is kept in the result.
     probe : int
         Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
         by more than 2 tol λ_max shows that its index is wrong. Without them λ_max is known from `vectors` alone.
     rng : int or Generator, optional
         For the probe.
-    method, details
-        Are kept in the result.
     ground : str or Evidence, optional
         Why the pairs are the extreme ones, where this is known; it is kept in the result, unless it is refuted.
     bounds : (float, float)
         A lower bound of all eigenvalues of F and an upper one, by a theory of yours; the result's are no wider.
+    details : mapping, optional
+        What else there is to report; it is kept in the result.
     sample : Sample, optional
         Of the operator, where there is one already; else it is drawn by `rng`.
     against : torch.dtype or FisherOperator, optional
@@ -81,6 +83,7 @@ def certify(
     Returns
     -------
     EigenResult
+        Which of the pairs hold, and by how much.
 
     Raises
     ------

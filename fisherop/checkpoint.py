@@ -241,14 +241,12 @@ def _contents(search: Search) -> dict[str, ArrayLike]:
     stream = search.rng.bit_generator.state
     if stream["bit_generator"] not in _STREAMS:
         raise TypeError(f"rng must be of {', '.join(_STREAMS)} to be written, got {stream['bit_generator']}")
-    nothing = Found(np.empty(0), np.empty(0), fact.storage[:0])
-    found, fixed = search.found or nothing, search.fixed or nothing
     rows = {
         "v": fact.v,
         "w": fact.w,
-        "random": nothing.rows if start.vectors is None else start.vectors,
-        "found_vectors": nothing.rows if search.found is None else search.found_rows,
-        "fixed": fixed.rows,
+        "random": search.given[:0] if start.vectors is None else start.vectors,
+        "found_vectors": search.found_rows,
+        "fixed": search.fixed.rows,
     }
     return {
         **{name: block.cpu().numpy() for name, block in rows.items()},
@@ -258,9 +256,9 @@ def _contents(search: Search) -> dict[str, ArrayLike]:
         "scale": float(fact.scale),
         "noise": float(fact.noise),
         "is_restarted": int(fact.shares is None),
-        "found_values": found.values,
-        "found_residuals": found.norms,
-        "fixed_values": fixed.values,
+        "found_values": search.found.values,
+        "found_residuals": search.found.norms,
+        "fixed_values": search.fixed.values,
         "phase": search.phase,
         "seen": search.n_seen,
         "starts": start.count,

@@ -119,7 +119,7 @@ def integers(name: str, value: Any, least: int = 1) -> list[int]:
     """One integer, or a sequence of at least so many."""
     what = "an integer, or a sequence of integers" + (", and not empty" if least else "")
     holds = isinstance(value, np.ndarray) or (isinstance(value, Tensor) and _holds(value))
-    found = value.tolist() if holds else value
+    found: Any = value.tolist() if holds else value
     found = [found] if _is(Integral, found) else found
     if isinstance(found, str | bytes) or not isinstance(found, Sequence) or not all(_is(Integral, i) for i in found):
         refuse(TypeError, name, what, value)

@@ -118,14 +118,12 @@ class Eigendistortion(BuiltAnew):
             The solver, as in `eigenpairs`.
         k : int, optional
             How many at each end; by default 1, and all N with ``method="exact"``.
-        max_iter, maxiter : int, optional
-            The solver's own iterations; two names for one argument.
-        p, q : int, optional
-            Oversampling and power iterations of ``"randomized_svd"``.
+        max_iter, p, q, stop_criterion : optional
+            As in plenoptic: `maxiter`, oversampling and power iterations of ``"randomized_svd"``, and `tol`.
         which : {"both", "largest", "smallest"}, optional
             The ends; by default both, and the largest with ``"randomized_svd"``, which finds no other.
-        tol : float, optional
-            As in `eigenpairs`, 1e-6 by default. `stop_criterion` is an older name for it.
+        tol, maxiter, rng, progress, on_failure
+            As in `eigenpairs`.
         checkpoint : str or path-like, optional
             A file for the search, for a process that may be killed. The next call with the same image, model and
             arguments, in another process, too, goes on from it, with the random stream that it holds. It takes as much
@@ -133,8 +131,8 @@ class Eigendistortion(BuiltAnew):
             ``"golub_kahan"`` alone, which ``"auto"`` then takes, without `v0` and `orthogonal_to`.
         checkpoint_seconds : float
             From one write to the next; longer where writes would take more than 5 % of the time.
-        rng, progress, on_failure, **options
-            As in `eigenpairs`, which lists the options of each method.
+        **options
+            Of the method; `eigenpairs` lists them.
 
         Returns
         -------
@@ -230,8 +228,8 @@ class Eigendistortion(BuiltAnew):
         """
         progress = checks.flag("progress", progress)
         with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as (operator, _):
-            operator.jacobian.to_dense()
-        return self.jacobian
+            dense = operator.jacobian.to_dense()
+        return torch.tensor(dense, device=self.image.device)
 
     def detection_thresholds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How large each distortion must be to change the response by 1, one standard deviation of unit noise: 1 / √λ.
@@ -338,7 +336,9 @@ class Eigendistortion(BuiltAnew):
         Parameters
         ----------
         path : str or path-like
+            The file.
         model : callable or nn.Module
+            The model, as it was.
         device : torch.device or str, optional
             Where the image goes; by default where the model's parameters are.
 

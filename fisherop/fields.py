@@ -80,7 +80,7 @@ def check_sizes(
         if name not in table:
             raise ValueError(f"{path} is damaged or was altered: it holds an unknown field {name!r}")
         field = table[name]
-        count = math.prod(_ANY if size is None else sizes.get(size, size) for size in field.shape)
+        count = math.prod(_ANY if s is None else sizes[s] if isinstance(s, str) else s for s in field.shape)
         each_pair = _EACH_PAIR * sizes.get("K", 0)
         most = field.most_bytes + each_pair if field.dtype is TEXT else 8 * count
         if header.size > count or header.nbytes > most:
@@ -98,11 +98,14 @@ def check_result_sizes(path: str | os.PathLike, headers: Mapping[str, Header], i
             "synthesize(checkpoint=path)"
         )
     stored = headers.get("image")
-    if stored is None and image is None:
+    if stored is not None:
+        n = stored.size
+        if image is not None and n != image.numel():
+            check_image(path, stored, image)
+    elif image is not None:
+        n = image.numel()
+    else:
         raise ValueError(f"{path} is damaged or was altered: it lacks image")
-    n = image.numel() if stored is None else stored.size
-    if image is not None and n != image.numel():
-        check_image(path, stored, image)
     k = min(n, max((headers[name].size for name in _K_FIELDS if name in headers), default=0))
     sizes = {"N": n, "K": k}
     check_sizes(path, headers, RESULT | {"image": Field(None, ("N",)), "versions": Field(TEXT, (None,))}, sizes)
@@ -143,7 +146,7 @@ def check_types(
             raise wrong(path, name, f"has the type {array.dtype}, not {image if dtype is None else dtype}")
         if array.ndim == len(shape):
             sizes |= {s: n for s, n in zip(shape, array.shape, strict=True) if isinstance(s, str) and s not in sizes}
-        expected = tuple(sizes.get(size, size) for size in shape)
+        expected = tuple(sizes.get(str(size), size) for size in shape)
         if array.ndim != len(shape) or any(s not in (None, n) for s, n in zip(expected, array.shape, strict=True)):
             raise wrong(path, name, f"has the shape {array.shape}, not {expected}")
         if array.dtype.kind == "f" and np.isnan(array).any():
@@ -204,10 +207,11 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         raise wrong(path, "response_fingerprint", "must have a finite norm")
     eps = float(np.finfo(fields["eigenvectors"].dtype).eps)
     # the bound has the rounding of products in it, which an eigenvalue has not
-    largest = float(fields["lambda_max_bounds"][0]) / max(1 - 2 * max(noise, eps), eps) ** 2
+    largest = float(fields["lambda_max_bounds"][0] / max(1 - 2 * max(noise, eps), eps) ** 2)
     if values.max(initial=0.0) > largest * (1 + 1e-9):
         raise wrong(path, "lambda_max_bounds", f"say that λ_max ≥ {largest}, but {values.max()} is an eigenvalue")
-    _check_status(path, fields["status"].tolist(), values, residuals, float(fields["tol"]) * largest)
+    allowed = float(fields["tol"]) * largest
+    _check_status(path, fields["status"].tolist(), values, residuals, allowed)
     _check_response(path, fields, n)
 
 

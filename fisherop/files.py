@@ -44,7 +44,8 @@ def write(path: str | os.PathLike, fields: Mapping[str, ArrayLike]) -> None:
     """Write arrays, with the versions of the libraries and a checksum; `path` holds the old file or the new one."""
     arrays = {name: np.asarray(value) for name, value in fields.items()} | {"versions": np.array(versions())}
     with replacing(path) as file:
-        np.savez(file, format=np.array(_FORMAT), checksum=np.array(_checksum(arrays)), **arrays)
+        arrays |= {"format": np.array(_FORMAT), "checksum": np.array(_checksum(arrays))}
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def read(path: str | os.PathLike, image: Tensor | None = None) -> dict[str, NDArray]:
@@ -102,7 +103,7 @@ def unpack(path: str | os.PathLike, kind: str, check: Callable[[Mapping[str, Hea
         file.most = os.fstat(file.fileno()).st_size  # one long text is one piece, and all sizes are known to fit
         with _damage(path):
             fields = {name: _array(archive, name) for name in known}
-            right = headers["checksum"].nbytes <= 1024 and _array(archive, "checksum")
+            right = _array(archive, "checksum") if headers["checksum"].nbytes <= 1024 else np.empty(1)
         if right.shape or right.dtype.kind != "U" or right != _checksum(fields):
             raise ValueError(f"{path} is damaged: its checksum doesn't fit what it holds")
     return fields
@@ -156,7 +157,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> NDArray:
 
 def _check_format(path: str | os.PathLike, archive: zipfile.ZipFile, headers: Mapping[str, Header]) -> None:
     header = headers["format"]
-    version = _array(archive, "format") if header.nbytes <= 1024 else header
+    version: Any = _array(archive, "format") if header.nbytes <= 1024 else header
     if header.shape or header.dtype.kind != "i" or version < 1:
         raise _OfFormat(f"{path} is damaged: its format is {version!r}")
     if version > _FORMAT:
@@ -285,7 +286,7 @@ def _to_json(x: Any) -> Any:
 def result_from(arrays: Mapping[str, NDArray]) -> EigenResult:
     """The result that `contents` took apart."""
     fields = {field.name: arrays[field.name] for field in dataclasses.fields(EigenResult) if field.name in arrays}
-    fields = {name: a if a.ndim else a.item() for name, a in fields.items()}
+    fields: dict[str, Any] = {name: a if a.ndim else a.item() for name, a in fields.items()}
     for name in ("lambda_max_bounds", "lambda_min_bounds"):
         fields[name] = tuple(fields[name].tolist())
     fields["status"] = np.array([Status(text) for text in fields["status"].tolist()], dtype=object)
@@ -305,5 +306,5 @@ def _checksum(arrays: Mapping[str, NDArray]) -> str:
         rows = np.atleast_1d(array)
         step = max(1, _PIECE * len(rows) // max(1, rows.nbytes))  # so that copies are small
         for i in range(0, len(rows), step):
-            digest.update(np.ascontiguousarray(rows[i : i + step]).reshape(-1).view(np.uint8))
+            digest.update(np.ascontiguousarray(rows[i : i + step]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -77,7 +77,7 @@ def load_image(
         upright = ImageOps.exif_transpose(file)
         if upright.has_transparency_data:
             rgba = upright.convert("RGBA")
-            if rgba.getextrema()[3][0] < 255:
+            if np.asarray(rgba.getchannel("A")).min() < 255:
                 raise ValueError(f"{path} has transparent pixels, whose colour is open: put it on a background first")
             upright = rgba.convert("RGB")
         if upright.mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32

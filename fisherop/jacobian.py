@@ -7,9 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from scipy.sparse import issparse
 from torch import Tensor
 
 from fisherop import checks
@@ -19,7 +17,6 @@ from fisherop import checks
 _COMFORTABLE = {"float32": 25, "float64": 200}
 POSSIBLE = {"float32": 115, "float64": 500}
 _SLAB = 2**16  # columns that go through temporary memory at a time
-_NUMPY = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
 class Jacobian(Protocol):
@@ -84,10 +81,6 @@ class _Of(Jacobian):
         self.shape = m if n_responses is None else n_responses, n if n_pixels is None else n_pixels
         self.dtype, self.device, self.mismatch, self.chunk_size = J.dtype, J.device, J.mismatch, J.chunk_size
 
-    @property
-    def n_products(self) -> float:
-        return self.J.n_products
-
     def check_current(self) -> None:
         self.J.check_current()
 
@@ -109,6 +102,7 @@ class OfModel(Jacobian):
 
     @property
     def n_products(self) -> float:
+        """Those of the linearization so far."""
         return self.linearization.n_products
 
     def check_current(self) -> None:
@@ -122,9 +116,11 @@ class Images:
         self._products, self._linearization = products, linearization
 
     def jvp(self, tangents: Tensor) -> Tensor:
+        """As `Linearization.jvp`."""
         return self._products.jvp(tangents.reshape(len(tangents), -1))
 
     def vjp(self, cotangents: Tensor) -> Tensor:
+        """As `Linearization.vjp`."""
         return self._products.vjp(cotangents).reshape(-1, *self.image_shape)
 
     def __getattr__(self, name: str) -> Any:
@@ -189,6 +185,11 @@ class Scaled(_Of):
         super().__init__(J)
         self.exponent = exponent
 
+    @property
+    def n_products(self) -> float:
+        """Those of J, which counts them."""
+        return self.J.n_products  # pyright: ignore[reportAttributeAccessIssue]
+
     def jvp(self, rows: Tensor) -> Tensor:
         return self._times(self.J.jvp, rows)
 
@@ -199,6 +200,9 @@ class Scaled(_Of):
         # half before and half after, so that neither the product nor what the model computes on its way is lost
         before = self.exponent // 2
         return multiply(rows * 2.0**before).mul_(2.0 ** (self.exponent - before))
+
+
+Products = OfModel | Counted | Scaled  # what an operator multiplies by: Jacobians that count
 
 
 class Transposed(_Of):
@@ -296,78 +300,22 @@ class Stacked(_Of):
         return torch.cat([weight**0.5 * J.jvp(rows) for weight, J in self.parts], dim=1)
 
     def vjp(self, rows: Tensor) -> Tensor:
-        pieces = zip(rows.split([J.shape[0] for _, J in self.parts], dim=1), self.parts, strict=True)
-        return sum(weight**0.5 * J.vjp(piece.contiguous()) for piece, (weight, J) in pieces)
+        products = rows.new_zeros(len(rows), self.shape[1])
+        for piece, (weight, J) in zip(rows.split([J.shape[0] for _, J in self.parts], dim=1), self.parts, strict=True):
+            products += weight**0.5 * J.vjp(piece.contiguous())
+        return products
 
     def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        triangles, products = zip(*(J.normal(rows) for _, J in self.parts), strict=True)
-        weights = [weight for weight, _ in self.parts]
-        r = torch.cat([w**0.5 * t for w, t in zip(weights, triangles, strict=True)])
-        return triangle(r.T), sum(w * p for w, p in zip(weights, products, strict=True))
+        triangles, products = [], torch.zeros_like(rows)
+        for weight, J in self.parts:
+            r, product = J.normal(rows)
+            triangles.append(weight**0.5 * r)
+            products += weight * product
+        return triangle(torch.cat(triangles).T), products
 
     def check_current(self) -> None:
         for _, J in self.parts:
             J.check_current()
-
-
-class FromOperator(Jacobian):
-    """The products of a SciPy `LinearOperator`, a sparse or dense matrix, a PyLops operator, or a dense tensor.
-
-    Parameters
-    ----------
-    A : of shape (M, N)
-        Real, and, if an operator, with an adjoint. Products are float32 where `A` is, else float64.
-
-    Raises
-    ------
-    TypeError
-        It is none of these, or complex.
-    ValueError
-        It has no element.
-    """
-
-    def __init__(self, A: Any) -> None:
-        what = "a LinearOperator, a sparse or dense matrix of real numbers, a PyLops operator, or a dense tensor"
-        if isinstance(A, Tensor):
-            if A.layout != torch.strided or A.is_meta or A.is_complex() or A.ndim != 2:
-                checks.refuse(TypeError, "A", f"{what} of two dimensions", A)
-            self.A = A.detach() if A.dtype in _NUMPY else A.detach().double()
-            self.dtype, self.device = self.A.dtype, self.A.device
-        else:
-            if isinstance(A, np.ndarray) and A.ndim != 2:
-                checks.refuse(ValueError, "A", f"{what} of two dimensions", A)
-            self.A = checks.operator("A", A, what)
-            parts = (getattr(self.A, f"_CustomLinearOperator__{name}_impl", self) for name in ("rmatvec", "rmatmat"))
-            if not any(parts):  # of SciPy's, made of functions
-                checks.refuse(TypeError, "A", "an operator with an adjoint", A, "give it an rmatvec")
-            kind = np.dtype(self.A.dtype or np.float64)
-            if kind.kind not in "biuf":
-                checks.refuse(TypeError, "A", what, A)
-            self.dtype = torch.float32 if kind == np.float32 else torch.float64
-            self.device = torch.device("cpu")
-            if issparse(A) and kind.kind != "f":  # whose sums would leave the range of small integers
-                self.A = checks.operator("A", A.astype(np.float64), what)
-        self.shape = tuple(map(int, self.A.shape))
-        if 0 in self.shape:
-            checks.refuse(ValueError, "A", "a matrix with at least one element", A)
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        if isinstance(self.A, Tensor):
-            return rows @ self.A.T
-        return self._from_numpy(self.A.matmat(rows.numpy().T), self.shape[0])
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        if isinstance(self.A, Tensor):
-            return rows @ self.A
-        return self._from_numpy(self.A.rmatmat(rows.numpy().T), self.shape[1])
-
-    def _from_numpy(self, columns: Any, length: int) -> Tensor:
-        columns = np.asarray(columns)
-        if columns.dtype.kind == "c":
-            checks.refuse(TypeError, "A", "an operator whose products are real", columns)
-        if columns.ndim != 2 or len(columns) != length:
-            raise ValueError(f"A must give products of {length} rows, got an array of shape {columns.shape}")
-        return torch.from_numpy(np.array(columns.T, _NUMPY[self.dtype], order="C"))
 
 
 def shared(J: Jacobian) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import scipy
@@ -16,7 +16,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
-from fisherop.jacobian import Counted, FromOperator, Images, Jacobian, OfModel, Scaled
+from fisherop.from_operator import FromOperator
+from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Products, Scaled
 from fisherop.model.linearize import Linearization, linearize
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ _Product = Callable[[Tensor], Tensor]
 class _Operator(LinearOperator):
     """What both operators share: `products`, a Jacobian, the boundary to NumPy, the checks of what comes in."""
 
-    products: Jacobian
+    products: Products
+    dtype: np.dtype
+    _shape_for: Any  # of the operator, by its products
+    _forward: Any  # rows (k, N) to rows, as the operator multiplies
+    _reverse: Any  # as its adjoint does
 
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
@@ -75,9 +80,9 @@ class _Operator(LinearOperator):
         return operator
 
     def _bind(self, products: Jacobian) -> None:
-        self.products = products if isinstance(products, OfModel | Counted | Scaled) else Counted(products)
+        self.products = products if isinstance(products, Products) else Counted(products)
         dtype = np.dtype(str(products.dtype).removeprefix("torch."))
-        super().__init__(dtype, self._shape_for(products))
+        super().__init__(dtype, self._shape_for(products))  # pyright: ignore[reportCallIssue]
         self.args = ()  # as of SciPy's own operators that are not composed of others
 
     def __reduce__(self) -> tuple:
@@ -91,7 +96,7 @@ class _Operator(LinearOperator):
             J = J.J
         if not isinstance(J, OfModel):
             raise AttributeError(f"{self!r} has no linearization: it is of a {type(J).__name__}, and not of a model")
-        return J.linearization if J is self.products else Images(self.products, J.linearization)
+        return J.linearization if J is self.products else cast(Linearization, Images(self.products, J.linearization))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -151,14 +156,8 @@ class _Operator(LinearOperator):
         def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
             return lambda x: multiply(x).astype(np.float64) / scale
 
-        return LinearOperator(
-            self.shape,
-            matvec=promoted(self.matvec),
-            rmatvec=promoted(self.rmatvec),
-            matmat=promoted(self.matmat),
-            rmatmat=promoted(self.rmatmat),
-            dtype=np.float64,
-        )
+        products = {name: promoted(getattr(self, name)) for name in ("matvec", "rmatvec", "matmat", "rmatmat")}
+        return LinearOperator(self.shape, dtype=np.float64, **products)  # pyright: ignore[reportCallIssue]
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
@@ -190,18 +189,18 @@ class _Operator(LinearOperator):
         return super().rmatmat(self._checked("rmatmat", X, self.shape[0]))
 
     def _matvec(self, x: NDArray) -> NDArray:
-        return self._times_vectors(self._forward, x, self.shape[::-1])
+        return self._times_vectors(self._forward, x, (self.shape[1], self.shape[0]))
 
     def _rmatvec(self, x: NDArray) -> NDArray:
         return self._times_vectors(self._reverse, x, self.shape)
 
     def _matmat(self, X: NDArray) -> NDArray:
-        return self._times_columns(self._forward, X, self.shape[::-1])
+        return self._times_columns(self._forward, X, (self.shape[1], self.shape[0]))
 
     def _rmatmat(self, X: NDArray) -> NDArray:
         return self._times_columns(self._reverse, X, self.shape)
 
-    def _checked(self, method: str, x: ArrayLike, n: int) -> NDArray:
+    def _checked(self, method: str, x: Any, n: int) -> NDArray:
         """`x` as an array, whose shape the `method` of the SciPy in use takes."""
         x = x if issparse(x) else np.asanyarray(x)
         if x.dtype.kind not in "biufc":
@@ -231,7 +230,8 @@ class _Operator(LinearOperator):
     def _times_rows(self, multiply: _Product, rows: NDArray, sizes: tuple[int, int]) -> NDArray:
         """Rows ``(..., n)``, each by a product that takes ``(k, n)`` to ``(k, m)``, as ``(..., m)``; sizes are n, m."""
         if np.iscomplexobj(rows):
-            return self._times_rows(multiply, rows.real, sizes) + 1j * self._times_rows(multiply, rows.imag, sizes)
+            re, im = (self._times_rows(multiply, part, sizes) for part in (np.real(rows), np.imag(rows)))
+            return re + 1j * im
         (n, m), batch = sizes, rows.shape[:-1]
         with np.errstate(over="ignore"):
             block = self._to_torch(rows.reshape(math.prod(batch), n))
@@ -346,10 +346,10 @@ class FisherOperator(_Operator):
 
     _reverse = _forward
 
-    def _adjoint(self) -> FisherOperator:
+    def _adjoint(self) -> FisherOperator:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self
 
-    def _transpose(self) -> FisherOperator:
+    def _transpose(self) -> FisherOperator:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self
 
     def to_dense(self, max_bytes: int = _DENSE_BYTES) -> NDArray:

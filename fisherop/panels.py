@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def draw(
         if len(panels) != 1 or zoom is not None:
             raise ValueError(f"ax takes one picture, at its own size, but there are {len(panels)} and zoom is {zoom}")
         _fill(ax, panels[0])
-        return ax.figure
+        return cast(Figure, ax.figure)
     if zoom is None:
         zoom = max(1, round(_PANEL / max(max(p.pixels.shape[:2]) for p in panels)))
     width = max(len(row) for row in rows)

@@ -37,9 +37,10 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
         self._built_in = frozenset(vars(self)) | {"_built_in"}
 
     def synthesize(self, *args: Any, on_failure: str = "warn", **kwargs: Any) -> Eigendistortion:
-        return super().synthesize(*args, on_failure=on_failure, **kwargs)
+        super().synthesize(*args, on_failure=on_failure, **kwargs)
+        return self
 
-    def save(self, file_path: str | os.PathLike) -> None:
+    def save(self, file_path: str | os.PathLike) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`fisherop.Eigendistortion.save`; of attributes that you added the names are saved, not the values."""
         super().save(checks.path("file_path", file_path))
 
@@ -49,7 +50,7 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
     def _added(self) -> set[str]:
         return set(vars(self)) - self._built_in
 
-    def load(
+    def load(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         file_path: str | os.PathLike,
         map_location: str | torch.device | None = None,

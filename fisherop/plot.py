@@ -110,8 +110,8 @@ def eigendistortions(
     IndexError
         There is no such distortion.
     """
-    image, distortions = _pictures(ed)
-    values = ed.result.eigenvalues
+    result, image, distortions = _pictures(ed)
+    values = result.eigenvalues
     indices = checks.integers("indices", indices)
     indices = [checks.position("indices", i, len(values), "eigendistortions found") for i in indices]
     limits = value_range([image], vrange)
@@ -120,7 +120,7 @@ def eigendistortions(
     rows = []
     for i in indices:
         peak = float(np.abs(distortions[i]).max())
-        name = f"eigendistortion {ed.result.eigenindex[i]}"
+        name = f"eigendistortion {result.eigenindex[i]}"
         alone = f"{name}\nλ = {values[i]:.3g}, {describe((-peak, peak))}"
         added = f"image + {scale:.3g} × {name} (RMS {rms:.2g})\nλ = {values[i]:.3g}, {describe(limits)}"
         rows.append(
@@ -170,14 +170,14 @@ def compare(
         if ed.result is not None and not {0, ed.result.image_size - 1} <= set(ed.result.eigenindex.tolist()):
             raise ValueError(f"{name!r} lacks an end of its spectrum: call synthesize(which='both')")
     pictures = [_pictures(ed) for ed in eds]
-    limits = value_range([image for image, _ in pictures], vrange)
-    scale = _scale(scale, limits, max(image.size for image, _ in pictures))
+    limits = value_range([image for _, image, _ in pictures], vrange)
+    scale = _scale(scale, limits, max(image.size for _, image, _ in pictures))
     rows = []
-    for ed, name, (image, distortions) in zip(eds, names, pictures, strict=True):
+    for name, (result, image, distortions) in zip(names, pictures, strict=True):
         row = [Panel(image, limits, f"{name}\n{describe(limits)}")]
         for i, which in ((0, "most"), (-1, "least")):
-            title = f"+ {scale:.3g} × {which} noticeable (index {ed.result.eigenindex[i]})\n"
-            title += f"λ = {ed.result.eigenvalues[i]:.3g}, {describe(limits)}"
+            title = f"+ {scale:.3g} × {which} noticeable (index {result.eigenindex[i]})\n"
+            title += f"λ = {result.eigenvalues[i]:.3g}, {describe(limits)}"
             row.append(Panel(image + scale * distortions[i], limits, title))
         rows.append(row)
     return draw(rows, zoom=zoom)
@@ -297,8 +297,8 @@ def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float
     return 0.05 * (limits[1] - limits[0]) * size**0.5 if scale is None else checks.number("scale", scale)
 
 
-def _pictures(ed: Eigendistortion) -> tuple[NDArray, list[NDArray]]:
-    """The image and the distortions, each (height, width) or (height, width, 3)."""
+def _pictures(ed: Eigendistortion) -> tuple[EigenResult, NDArray, list[NDArray]]:
+    """The result, the image and the distortions, the latter each (height, width) or (height, width, 3)."""
     checks.instance("ed", ed, Eigendistortion, "an Eigendistortion")
     if ed.result is None or len(ed.result.eigenvalues) == 0:
         raise ValueError("there are no eigendistortions to show: call synthesize() first")
@@ -309,4 +309,4 @@ def _pictures(ed: Eigendistortion) -> tuple[NDArray, list[NDArray]]:
             f"{tuple(ed.image.shape)}"
         )
     (image,), *distortions = (to_pictures(block) for block in blocks)
-    return image, [d for (d,) in distortions]
+    return ed.result, image, [d for (d,) in distortions]

@@ -205,10 +205,12 @@ class EigenResult:
 
     @property
     def converged(self) -> NDArray[np.bool_]:
+        """Whether each pair holds, shape (K,)."""
         return np.isin(self.status.astype(str), [Status.EIGENPAIR, Status.NULL])
 
     @property
     def ground(self) -> str:
+        """`evidence` in words."""
         return str(self.evidence)
 
     def __repr__(self) -> str:

@@ -119,16 +119,16 @@ def eigenpairs(
         raise ValueError(f"k={k} at both ends needs 2 k ≤ N = {n}: use method='exact', or ask for one end")
     rng = checks.spawned(rng)
     against = None if against is None else judging(operator, against)
-    keeps = state is not None and solver.is_robust and solver.resumes
-    if keeps and not options and against is None:
-        found = _recall(operator, state, k, which, tol, name)
+    kept = state if solver.is_robust and solver.resumes else None
+    if kept is not None and not options and against is None:
+        found = _recall(operator, kept, k, which, tol, name)
         if found is not None:
-            state["result"] = found
+            kept["result"] = found
             return found
     # rounding mustn't decide: the certificate adds the noise of products to residuals
     aim = 0.95 * tol if solver.is_robust else max(0.5 * tol, 0.95 * tol - 4 * float(np.finfo(operator.dtype).eps))
-    if keeps:
-        options["state"] = state
+    if kept is not None:
+        options["state"] = kept
     stopped: SolverStopped | None = None
     interrupt: BaseException | None = None
     sample: Sample | None = None
@@ -147,9 +147,9 @@ def eigenpairs(
         except SolverStopped as error:
             stopped, answer = error, _checked_partial(error, n, name)
             interrupt = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else None
-            if interrupt is not None and not keeps:
+            if interrupt is not None and kept is None:
                 raise interrupt from None
-        if inner is not operator:
+        if sample is not None and inner is not operator:
             answer = answer.times(2.0**-sample.exponent)
         if options.get("orthogonal_to") is not None:
             answer = _joined(operator, answer, options["orthogonal_to"])
@@ -181,15 +181,15 @@ def eigenpairs(
         try:
             result = examined()
         except KeyboardInterrupt as error:
-            if not keeps or interrupt is not None:
+            if kept is None or interrupt is not None:
                 raise
             interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
     judging_it = 0.0 if against is None else result.n_products  # by an operator that isn't the one that counts here
     result = dataclasses.replace(result, n_products=operator.n_products + answer.n_earlier + judging_it)
-    if keeps and stopped is None and not result.converged.all():
-        state.pop("search", None)  # the certificate rejects these pairs: don't go on with the search that found them
-    if interrupt is not None:
-        _keep_best(state, result)
+    if kept is not None and stopped is None and not result.converged.all():
+        kept.pop("search", None)  # the certificate rejects these pairs: don't go on with the search that found them
+    if interrupt is not None and kept is not None:
+        _keep_best(kept, result)
         raise KeyboardInterrupt(f"{name} was interrupted after {result.n_products:g} products") from None
     if stopped is not None or not result.converged.all():
         why = explain(result, stopped, raised=on_failure == "raise")
@@ -198,8 +198,8 @@ def eigenpairs(
         if on_failure == "raise":
             raise ConvergenceError(why, result) from stopped
         checks.warn(why)
-    if keeps:
-        state["result"] = result
+    if kept is not None:
+        kept["result"] = result
     return result
 
 

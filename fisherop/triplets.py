@@ -81,6 +81,7 @@ def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -
     Returns
     -------
     SingularTriplets
+        Both sides, their residuals, and the certificate.
 
     Raises
     ------

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from fisherop import FisherOperator, JacobianOperator, certify, eigenpairs, linearize, singular_triplets
+from fisherop.from_operator import FromOperator
 from fisherop.jacobian import (
     Counted,
-    FromOperator,
     Jacobian,
     OfModel,
     Restricted,

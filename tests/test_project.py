@@ -3,8 +3,10 @@
 import ast
 import doctest
 import importlib
+import inspect
 import os
 import pathlib
+import pydoc
 import re
 import subprocess
 import sys
@@ -14,11 +16,16 @@ import torch
 
 import fisherop
 import fisherop.eigendistortion
+import fisherop.images
+import fisherop.jacobian
+import fisherop.plot
+import fisherop.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
     "checks",
     "jacobian",
+    "from_operator",
     "model.compat",
     "model.undisturbed",
     "model.sparse",
@@ -106,6 +113,35 @@ def place(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def public():
+    """Public names, and the methods and properties that their classes define."""
+    modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
+    for module in modules:
+        for name, value in vars(module).items():
+            own = (
+                name in fisherop.__all__ if module is fisherop else getattr(value, "__module__", "") == module.__name__
+            )
+            if name.startswith("_") or not own or not callable(value):
+                continue
+            yield f"{module.__name__}.{name}"
+            inherited = dir(value.__base__) if isinstance(value, type) else ()  # so is their description
+            for attribute, kind in vars(value).items() if isinstance(value, type) else ():
+                is_own = not attribute.startswith("_") and attribute not in inherited
+                if is_own and (inspect.isfunction(kind) or isinstance(kind, property)):
+                    yield f"{module.__name__}.{name}.{attribute}"
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_docstrings_are_numpydoc(name):
+    """Every public name has one; parameters, where it has a section of them, are all there, and in order."""
+    validate = pytest.importorskip("numpydoc.validate", reason="numpydoc is not installed").validate
+    wanted = {"GL01", "GL02", "GL03", "GL05", "GL06", "GL07", "GL08", "SS03", "SS04", "PR02", "PR03", "PR05"}
+    wanted |= {"PR08", "PR09", "PR10", "RT04", "RT05", "YD01"}
+    wanted |= {"PR01"} if "\n    Parameters\n" in (pydoc.locate(name).__doc__ or "") else set()
+    found = [f"{code}: {text}" for code, text in validate(name)["errors"] if code in wanted]
+    assert not found
 
 
 def run(script, cwd):

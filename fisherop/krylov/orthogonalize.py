@@ -40,8 +40,10 @@ def inner(a: Tensor, b: Tensor) -> NDArray[np.float64]:
     """Inner products of rows."""
     if a is b and len(a) == 1:
         return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square()[:, None].cpu().numpy()
-    slabs = zip(a.split(_SLAB, dim=1), b.split(_SLAB, dim=1), strict=True)
-    return sum(x.double() @ y.double().T for x, y in slabs).cpu().numpy()
+    products = a.new_zeros(len(a), len(b), dtype=torch.float64)
+    for x, y in zip(a.split(_SLAB, dim=1), b.split(_SLAB, dim=1), strict=True):
+        products += x.double() @ y.double().T
+    return products.cpu().numpy()
 
 
 def orthonormalize(block: Tensor, floor: float) -> tuple[Tensor, NDArray[np.float64]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
-from fisherop.jacobian import Counted
+from fisherop.jacobian import Products
 from fisherop.krylov.bounds import DELTA, Bounds, RitzPairs
 from fisherop.krylov.lanczos import LanczosFactorization
 from fisherop.krylov.orthogonalize import combine, eigh, inner
@@ -24,14 +24,15 @@ _CHEAP, _SMALL = 30, 1000  # up to so many vectors, or for N up to that, it may 
 
 
 class Found(NamedTuple):
-    """Ritz values, ascending, the norms of their residuals, and their vectors, as rows, unless others hold them."""
+    """Ritz values, ascending, the norms of their residuals, and their vectors, as rows; none where others hold them."""
 
     values: NDArray[np.float64]
     norms: NDArray[np.float64]
-    rows: Tensor | None
+    rows: Tensor
 
 
-class Start(NamedTuple):
+@dataclass(frozen=True)
+class Start:
     """What a Krylov space began from: `count` vectors; the `vectors` themselves, if all are random.
 
     `accepted` is the chance of an eigenvalue beyond those found at which the first run may end.
@@ -132,7 +133,7 @@ class Monitor:
         self.restarts, self.spent = 0, 0.0
         self.checkpoint: Any = None
 
-    def begin(self, J: Counted, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def begin(self, J: Products, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """Another call, for the same factorization or a new one."""
         self.J, self.maxiter, self.callback = J, maxiter, callback
         self.history: list[dict[str, Any]] = []
@@ -178,47 +179,48 @@ class Search:
         ``"join"`` while what it found converges with the rest.
     n_seen : int
         How many vectors of one eigenspace can have been seen.
-    found, fixed : Found or None
-        What is wanted, as far as it is found; and, where missed ones are looked for, that and some more.
+    found, fixed : Found
+        What is wanted, as far as it is found; and, where missed ones are looked for, that and some more. Else empty.
     bounds : Bounds
         In the units of T.
     chance : float
         Of an eigenvalue more than 2 tol beyond those found by the first run.
     """
 
-    def __init__(self, J: Counted, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
+    def __init__(self, J: Products, given: Tensor, rng: np.random.Generator, capacity: int) -> None:
         self.J, self.given, self.rng = J, given, rng
-        self.main: LanczosFactorization | None = LanczosFactorization(J, given, self._memory(capacity))
+        self.fact = LanczosFactorization(J, given, self._memory(capacity))
+        self.main: LanczosFactorization | None = self.fact
         self.start = Start()
         self.bounds = Bounds()
         self.log = Monitor()
 
-    def ask(self, goal: Goal, J: Counted, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
+    def ask(self, goal: Goal, J: Products, maxiter: int, callback: Callable[[dict[str, Any]], None] | None) -> None:
         """What to search for, from the start or in the factorization that is there."""
-        self.goal, self.J, self.main.J = goal, J, J
-        self.fact = self.main
+        self.goal, self.J, self.fact.J = goal, J, J
         self.phase, self.n_seen = "main", 0
-        self.found: Found | None = None
-        self.fixed: Found | None = None
-        self.chance, self.nullity = 0.0, None
-        if self.main.shares is not None:
+        self.found = self.fixed = self._nothing
+        self.chance = 0.0
+        self.nullity: Nullity | None = None
+        if self.fact.shares is not None:
             self.bounds = Bounds()
         self.log.begin(J, maxiter, callback)
 
     def close(self) -> bool:
         """Hold no more than a later search can go on from; whether it can."""
         self.log.end()
-        main = self.fact = self.main
-        self.found = self.fixed = None
+        main = self.main
+        self.found = self.fixed = self._nothing
         if main is None or main.is_empty or len(self.given):
             return False
+        self.fact = main
         if 6 * main.m < len(main.storage):  # while there are two, they take no more than a search may take
             main.move(self._memory(main.m))
         return True
 
     def reopen(self, top: int, bottom: int, capacity: int) -> bool:
         """Make room for that many vectors; whether those that are there fit in, and can lead to what is asked for."""
-        main = self.main
+        main = self.fact
         if main.shares is None and (top > self.goal.top or bottom > self.goal.bottom):  # a restart left those out
             return False
         if 6 * len(main.w) > capacity < self.goal.n:  # or there is no room for the next restart
@@ -240,7 +242,7 @@ class Search:
         # what is missed is orthogonal to all of V: any part of it may be left out of the search, the ends help most
         fact = self.fact
         ends = self._ends(fact.m, fact.m if fact.is_exhausted else min(fact.m // 4, fact.capacity // 32))
-        self.found = self.found._replace(rows=None)  # they are among the others
+        self.found = self.found._replace(rows=self._nothing.rows)  # they are among the others
         self.fixed = Found(ritz.values[ends], ritz.norms[ends], fact.vectors(ritz.coefficients[:, ends]))
         room = fact.capacity - fact.m - len(ends)
         is_enough = room >= max(0.6 * fact.capacity, 6 * self.goal.k + 20)
@@ -269,7 +271,7 @@ class Search:
         theta, y = eigh((t + t.T) / 2)
         wanted, ends = self.goal.wanted(len(theta)), self._ends(len(theta), len(theta))
         nothing = np.zeros(len(theta))
-        self.found = Found(theta[wanted], nothing[wanted], None)
+        self.found = Found(theta[wanted], nothing[wanted], self._nothing.rows)
         self.fixed = Found(theta[ends], nothing[ends], combine(rows, fact.tensor(y[:, ends].T)))
 
     def estimate_number(self, y: NDArray) -> Nullity | None:
@@ -296,14 +298,23 @@ class Search:
 
     def partial(self) -> Answer:
         """What there is."""
-        if self.found is not None:
+        if self.has_found:
             return self._answer(self.found_rows)
         y = self.fact.ritz().coefficients
         return self._answer(self.fact.vectors(y[:, self.goal.wanted(self.fact.m)]))
 
     @property
+    def _nothing(self) -> Found:
+        return Found(np.empty(0), np.empty(0), self.given[:0])
+
+    @property
+    def has_found(self) -> bool:
+        """Whether the wanted pairs have converged once."""
+        return len(self.found.values) > 0
+
+    @property
     def has_partial(self) -> bool:
-        return self.found is not None or self.fact.m > 0
+        return self.has_found or self.fact.m > 0
 
     def _answer(
         self,
@@ -320,14 +331,14 @@ class Search:
     @property
     def found_rows(self) -> Tensor:
         """The vectors of what was found, which may be the first and the last of those set apart."""
-        if self.found.rows is not None:
-            return self.found.rows
         rows = self.fixed.rows
+        if len(self.found.rows) or len(rows) == 0:
+            return self.found.rows
         return torch.cat([rows[: self.goal.bottom], rows[len(rows) - self.goal.top :]])
 
     def write(self, at_once: bool = False) -> None:
         """To the checkpoint, when it is time to; nothing but the factorization has changed since the phase began."""
-        is_over = self.phase == "look" or (self.phase == "main" and self.found is not None)
+        is_over = self.phase == "look" or (self.phase == "main" and self.has_found)
         if self.log.checkpoint is not None and not self.fact.is_empty and not is_over:
             self.log.checkpoint.offer(self, at_once)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -108,7 +109,7 @@ class _Formulas(TorchFunctionMode):
         if func is F.grid_sample and VERSION < (2, 15):
             return self._sample(*args, **kwargs)
         if func in _RECURRENT:
-            named = {"b_ih": None} | kwargs if "b_hh" in kwargs and len(args) < 5 else kwargs
+            named: dict[str, Any] = {"b_ih": None} | kwargs if "b_hh" in kwargs and len(args) < 5 else kwargs
             ordered = *args, *(named[name] for name in _NAMES if name in named)
             if ordered[0].device.type == self.RECURRENT_ON:
                 return self._recur(func, *ordered)
@@ -127,10 +128,11 @@ class _Formulas(TorchFunctionMode):
         if not known or input.ndim != 4 or input.dtype != grid.dtype:
             return F.grid_sample(input, grid, mode, padding_mode, align_corners)
         options = self.INTERPOLATION.index(mode), self.PADDING.index(padding_mode), bool(align_corners)
-        return torch._decomp.decompositions.grid_sampler_2d(input, grid, *options)
+        return torch._decomp.decompositions.grid_sampler_2d(input, grid, *options)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _recur(self, func: Callable, input: Tensor, second: Any, *rest: Any) -> Any:
-        whole, packed = (getattr(torch._decomp.decompositions, name) for name in _RECURRENT[func])
+        decompositions: Any = torch._decomp.decompositions  # pyright: ignore[reportAttributeAccessIssue]
+        whole, packed = (getattr(decompositions, name) for name in _RECURRENT[func])
         if func in (torch.lstm_cell, torch.gru_cell):  # a sequence of length one
             state = tuple(h[None] for h in second) if isinstance(second, tuple | list) else second[None]
             weights = [weight for weight in rest if weight is not None]
@@ -181,16 +183,16 @@ def _checkpoints() -> Iterator[None]:
         def vmap(info, in_dims, *args):
             return torch.empty(0), None
 
-    checkpoint._NoopSaveInputs = Keeps
+    checkpoint._NoopSaveInputs = Keeps  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        checkpoint._NoopSaveInputs = keeps
+        checkpoint._NoopSaveInputs = keeps  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of a transform of `torch.func`, which has no memory of its own."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_functorch_wrapped_tensor(tensor)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherop.model.compat import is_wrapped
 from fisherop.model.guard import _names, root
 from fisherop.model.sparse import is_opaque, parts
 
@@ -132,7 +133,7 @@ class Contents:
     def _tensor(self, here: Tensor) -> Hashable:
         version = None if here.is_inference() else here._version
         dense = here.layout == torch.strided and here.device.type != "meta"
-        if dense and version is not None and not torch._C._functorch.is_functorch_wrapped_tensor(here):
+        if dense and version is not None and not is_wrapped(here):
             self._watched.append((here, version, here.data_ptr()))
         small = b""
         if dense and here.numel() <= _SMALL and here.device.type == "cpu":
@@ -214,4 +215,4 @@ def _short(text: str) -> str:
 
 
 def _hash(array: np.ndarray) -> bytes:
-    return hashlib.blake2b(array.reshape(-1).view(np.uint8), digest_size=16).digest() if array.size else b""
+    return hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=16).digest() if array.size else b""

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
-DETACHING = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}
+DETACHING = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -126,7 +126,7 @@ def _state(generator: torch.Generator | None, device: torch.device | None) -> by
 
 def elsewhere() -> dict[str, bytes]:
     """The states of Python's generator and of NumPy's."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, numpy = random.getstate(), cast(tuple, np.random.get_state())  # noqa: NPY002
     return {"Python's random": repr(python).encode(), "numpy.random": numpy[1].tobytes() + repr(numpy[2:]).encode()}
 
 

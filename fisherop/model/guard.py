@@ -124,7 +124,7 @@ class _Kept:
         self.copy = None
         if values and not is_opaque(tensor):
             same = earlier is not None and earlier.copy is not None and _equal(earlier.copy, self.data)
-            self.copy = earlier.copy if same else self.data.clone()
+            self.copy = earlier.copy if same and earlier is not None else self.data.clone()
 
     def restore(self) -> bool:
         """Give the tensor its memory and its elements back; whether an element differed."""

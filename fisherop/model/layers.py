@@ -24,6 +24,7 @@ class LayerResponse(nn.Module):
     Parameters
     ----------
     model : nn.Module
+        The whole.
     layer : str
         The submodule's name in ``model.named_modules()``, like ``"layer2.0"``.
     call : int
@@ -57,6 +58,7 @@ class LayerResponse(nn.Module):
         self.training = model.training  # of this wrapper alone: train() would reach into the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, whatever the model takes."""
         calls = 0
         thread = threading.get_ident()
 

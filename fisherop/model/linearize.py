@@ -130,6 +130,7 @@ class Linearization:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
+        """The image's shape, N elements."""
         return tuple(self.image.shape)
 
     @property
@@ -184,7 +185,8 @@ class Linearization:
         def run(last: list[Callable] | None = None) -> Tensor:
             if not calls_model:
                 return in_chunks(multiply, block, shape, self.chunk_size, done)
-            last.append(Guard(self.model).restore)
+            if last is not None:
+                last.append(Guard(self.model).restore)
             with attempt():
                 return in_chunks(multiply, block, shape, self.chunk_size, done)
 

@@ -19,7 +19,8 @@ class _DryRun(pickle.Pickler):
     """Pickles to nowhere, and leaves out tensors, which can be pickled and may be large."""
 
     def __init__(self) -> None:
-        super().__init__(types.SimpleNamespace(write=len), pickle.HIGHEST_PROTOCOL)
+        nowhere: Any = types.SimpleNamespace(write=len)
+        super().__init__(nowhere, pickle.HIGHEST_PROTOCOL)
 
     def reducer_override(self, obj: Any) -> Any:
         return (int, ()) if isinstance(obj, Tensor) and obj.grad_fn is None else NotImplemented
@@ -72,6 +73,12 @@ class BuiltAnew:
     anything; `result`, if there is one, is a frozen dataclass. The model may refer to the object.
     """
 
+    image: Any
+    model: Any
+    result: Any
+    _products: Any
+    _build: Any
+
     def __reduce__(self) -> tuple:
         check_picklable(self.model, "an Eigendistortion", "save(path), then Eigendistortion.from_file(path, model)")
         return _blank, (type(self),), self._parts()
@@ -101,5 +108,5 @@ class BuiltAnew:
         return new
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: Any) -> Any:
     return kind.__new__(kind)

@@ -26,6 +26,9 @@ class SparseProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_PLAIN: Any = Tensor
+
+
 def is_sparse(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout != torch.strided
 
@@ -36,8 +39,8 @@ def is_opaque(tensor: Tensor) -> bool:
     Of a lazy or a nested tensor, of a subclass that does its operations itself, as quantized weights and fake tensors
     do, and of one whose storage has been freed.
     """
-    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if own or is_lazy(tensor) or tensor.is_nested:
+    kind: Any = type(tensor)
+    if kind.__torch_dispatch__ is not _PLAIN.__torch_dispatch__ or is_lazy(tensor) or tensor.is_nested:
         return True
     return (
         tensor.layout == torch.strided
@@ -75,10 +78,10 @@ class _Product(torch.autograd.Function):
         ctx.matrix = inputs[0]
 
     @staticmethod
-    def jvp(ctx, _, tangent):
+    def jvp(ctx, _, tangent):  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.sparse.mm(ctx.matrix, tangent)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
         transposed = ctx.matrix.to_sparse_coo().t()  # PyTorch multiplies few other layouts
         return None, _Product.apply(transposed, gradient)

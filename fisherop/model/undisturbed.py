@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
@@ -40,13 +41,13 @@ class Thread:
         self._gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._autocast = torch.is_autocast_enabled(self.device)
         self._modes = _modes()
-        self._transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
+        self._transforms = _functorch.get_dynamic_layer_stack_depth()
 
     def restore(self) -> None:
         _ARITHMETIC.leave(self)
         _keep_modes(self._modes)
-        if torch._C._functorch.get_dynamic_layer_stack_depth() > self._transforms:
-            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._transforms)
+        if _functorch.get_dynamic_layer_stack_depth() > self._transforms:
+            _functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._transforms)
         if torch.is_autocast_enabled(self.device) != self._autocast:
             torch.set_autocast_enabled(self.device, self._autocast)
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != self._gradients:
@@ -256,7 +257,7 @@ def _settings() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
     for name in _SDP:
         found[name] = getattr(torch._C, f"_get_{name}_sdp_enabled")(), getattr(torch._C, f"_set_sdp_use_{name}")
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if hasattr(eval_frame, "_set_stance"):
+    if eval_frame is not None and hasattr(eval_frame, "_set_stance"):
         found["stance"] = eval_frame._stance, eval_frame._set_stance
     return found
 
@@ -265,7 +266,7 @@ def _put_warnings(values: list[Any]) -> None:
     for name, value in zip(_WARNINGS, values, strict=True):
         setattr(warnings, name, value)
     if hasattr(warnings, "_filters_mutated"):  # what modules remember of filters holds no longer
-        warnings._filters_mutated()
+        warnings._filters_mutated()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _in_child() -> None:
@@ -274,7 +275,7 @@ def _in_child() -> None:
     _ARITHMETIC.lock = threading.RLock()
     for run in [run for run in _ARITHMETIC.runs if run.thread != threading.get_ident()]:
         _ARITHMETIC.leave(run)
-    if not _LOCK._is_owned():
+    if not _LOCK._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
         _LOCK = threading.RLock()
         if _running is not None:
             _running.interrupted = True

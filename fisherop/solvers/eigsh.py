@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.result import Answer
-from fisherop.solvers.ends import each_end, estimate_norm
+from fisherop.solvers.ends import each_end, estimate_norm, from_products
 
 
 def eigsh(
@@ -50,7 +50,7 @@ def eigsh(
             matrix,
             k,
             which="LA",
-            tol=tol,
+            tol=tol,  # pyright: ignore[reportArgumentType]
             v0=rng.standard_normal(n),
             maxiter=maxiter or 1000,
             ncv=min(n, ncv or max(2 * k + 1, basis)),
@@ -64,7 +64,7 @@ def eigsh(
             lambda_max = float(values[0])
             return vectors
         shift = 1.01 * (float(largest(fisher, 1, 1e-2, 20)[0][0]) if lambda_max is None else lambda_max)
-        shifted = sla.LinearOperator((n, n), lambda x: shift * x - fisher @ x, dtype=fisher.dtype)
+        shifted = from_products((n, n), matvec=lambda x: shift * x - fisher.matvec(x))
         return largest(shifted, k, tol, 60)[1][:, ::-1]
 
     return each_end(which, n, search, sla.ArpackError, "ARPACK")

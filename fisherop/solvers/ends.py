@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
 
 from fisherop.certificate import ritz_extremes
 from fisherop.operators import FisherOperator
@@ -44,11 +45,18 @@ def each_end(
     SolverStopped
         One of `stops` was raised; it carries what was found.
     """
-    found = dict.fromkeys(("largest", "smallest"), np.empty((n, 0)))
+    found: dict[str, NDArray] = dict.fromkeys(("largest", "smallest"), np.empty((n, 0)))
     for end in found if which == "both" else (which,):
         try:
             found[end] = search(end)
         except stops as error:
             found[end] = getattr(error, "eigenvectors", found[end])
-            raise SolverStopped(f"{name} at the {end} end: {error}", Answer(**found)) from error
-    return Answer(**found)
+            raise SolverStopped(
+                f"{name} at the {end} end: {error}", Answer(found["largest"], found["smallest"])
+            ) from error
+    return Answer(found["largest"], found["smallest"])
+
+
+def from_products(shape: tuple[int, int], **products: Callable[[NDArray], NDArray]) -> LinearOperator:
+    """SciPy's operator of functions, in float64."""
+    return LinearOperator(shape, dtype=np.float64, **products)  # pyright: ignore[reportCallIssue]

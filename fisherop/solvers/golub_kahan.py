@@ -178,8 +178,8 @@ def _begin(search: Search, v0: NDArray | None) -> None:
         search.start = Start(fact.w.clone(), len(start))
     else:
         start = search.draw(1)
-        v0 = v0 / np.abs(v0).max(axis=0)
-        given = fact.tensor((v0 / np.linalg.norm(v0, axis=0)).sum(axis=1))
+        columns = v0 / np.abs(v0).max(axis=0)
+        given = fact.tensor((columns / np.linalg.norm(columns, axis=0)).sum(axis=1))
         start = _RANDOM_PART * start / torch.linalg.vector_norm(start) + given
         search.start = Start(None, 1, DELTA)
         fact.extend(start, _RANDOM_PART / float(torch.linalg.vector_norm(start)))
@@ -188,7 +188,7 @@ def _begin(search: Search, v0: NDArray | None) -> None:
 def converge(search: Search) -> RitzPairs:
     """Expand and restart until the wanted pairs have converged, and, of a first run, others are improbable."""
     fact, goal, log = search.fact, search.goal, search.log
-    is_first, log.next_check = search.found is None, 0
+    is_first, log.next_check = not search.has_found, 0
     may_grow = is_first and search.start.count < goal.k <= goal.bottom
     ritz = fact.ritz() if fact.m > 0 else _advance(search)
     while True:
@@ -292,7 +292,7 @@ def make_room(search: Search, ritz: RitzPairs) -> None:
     goal, log, fact = search.goal, search.log, search.fact
     if not fact.is_full or fact.is_complete:
         return
-    if search.found is None:
+    if not search.has_found:
         search.bounds &= outer_bounds(ritz)  # a restart loses the random start
     log.restarts += 1
     spare = (fact.capacity - goal.k) // 3
@@ -314,7 +314,7 @@ def _outweigh_rounding(search: Search) -> None:
 def _independent(rng: np.random.Generator, *given: NDArray | None) -> np.random.Generator:
     """A stream that has nothing to do with vectors that may have been found with the same seed."""
     place = zlib.crc32(b"".join(array.tobytes() for array in given if array is not None))
-    sequence = rng.bit_generator.seed_seq
+    sequence: Any = rng.bit_generator.seed_seq
     return np.random.default_rng(np.random.SeedSequence(sequence.entropy, spawn_key=(*sequence.spawn_key, place)))
 
 

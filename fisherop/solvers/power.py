@@ -51,6 +51,7 @@ def power(
 
 def _iterate(J: Jacobian, v: Tensor, shift: float | None, tol: float, maxiter: int) -> tuple[Tensor, Tensor]:
     """Ritz values (k,), descending, and vectors (k, N), of F for `shift` None, else of its smallest end."""
+    best = v.new_zeros(len(v)), v
     for _ in range(maxiter):
         v = torch.linalg.qr(v.T)[0].T
         jv = J.jvp(v)

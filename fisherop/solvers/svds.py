@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.operators import FisherOperator
 from fisherop.result import Answer
-from fisherop.solvers.ends import each_end, estimate_norm
+from fisherop.solvers.ends import each_end, estimate_norm, from_products
 
 
 def svds(
@@ -46,11 +46,10 @@ def svds(
         raise ValueError(f"method='svds' needs k < N, got k={k} and N={n}: use method='exact'")
     ncv = checks.integer("ncv", ncv, k + 1, n, optional=True)
     jacobian = operator.jacobian.in_float64(estimate_norm(operator, rng) ** 0.5)
-    stacked = sla.LinearOperator(
+    stacked = from_products(
         (m + n, n),
-        matvec=lambda v: np.concatenate([jacobian @ v.ravel(), v.ravel()]),
+        matvec=lambda v: np.concatenate([jacobian.matvec(v.ravel()), v.ravel()]),
         rmatvec=lambda u: jacobian.rmatvec(u[:m].ravel()) + u[m:].ravel(),
-        dtype=np.float64,
     )
 
     def search(end: str) -> NDArray:
@@ -63,7 +62,7 @@ def svds(
             v0=rng.standard_normal(n),
             maxiter=maxiter or 1000,
             ncv=min(basis, n - 1) if n > k + 2 else None,
-            return_singular_vectors="vh",
+            return_singular_vectors="vh",  # pyright: ignore[reportArgumentType]
         )
         return vh[::-1].T
 

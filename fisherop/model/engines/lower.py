@@ -56,8 +56,8 @@ def _lower_add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | 
     converted = [_is_laid_out(a) for a in args]
     if converted[0] == converted[1] or any(a.value.shape != node.value.shape for a in args):
         return None
-    args = [a if done else tape.linear(a.value, nhwc, a) for a, done in zip(args, converted, strict=True)]
-    return tape.linear(node.value, node.op, *args)
+    terms = [a if done else tape.linear(a.value, nhwc, a) for a, done in zip(args, converted, strict=True)]
+    return tape.linear(node.value, node.op, *terms)
 
 
 def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:

@@ -19,9 +19,9 @@ class Node:
 
     __slots__ = ("args", "index", "kwargs", "level", "op", "parents", "value")
 
-    def __init__(self, index: int, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> None:
+    def __init__(self, index: int, op: Any, args: tuple, kwargs: dict, level: int, value: Any) -> None:
         self.index = index
-        self.op = op
+        self.op = op  # an operation of PyTorch's, or a function of ours
         self.args = args
         self.kwargs = kwargs
         self.level = level

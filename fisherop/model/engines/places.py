@@ -28,7 +28,7 @@ class Place(NamedTuple):
         # the stride of a dimension of one element says nothing
         stride = tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
         storage = x.untyped_storage()._cdata
-        return cls(storage, x.storage_offset(), tuple(x.shape), stride, x.dtype, x.is_conj(), x.is_neg())
+        return cls(storage, int(x.storage_offset()), tuple(x.shape), stride, x.dtype, x.is_conj(), x.is_neg())
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def is_linear(x: Any) -> bool:
     return isinstance(x, Node) and x.level == LINEAR
 
 
-def is_constant(x: Any) -> bool:
+def is_constant(x: Any) -> TypeGuard[Node]:
     return isinstance(x, Node) and x.level < LINEAR and isinstance(x.value, Tensor)
 
 

@@ -245,7 +245,7 @@ class Tape:
                 del self._known[key]
             node.value = node.value.clone()
 
-    def append(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, out: Any) -> None:
+    def append(self, op: Any, args: tuple, kwargs: dict, nodes: tuple, out: Any) -> None:
         """Record an operation that was executed; `nodes` are those of its arguments, from before."""
         level = level_of(nodes)
         tensors = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
@@ -297,7 +297,7 @@ class Tape:
             if isinstance(part, Tensor):
                 self._remember(part, self._result(operator.getitem, ((node, i), {}), level, part, known=True))
 
-    def _result(self, op: Callable, nodes: tuple, level: int, out: Any, known: bool = False) -> Node:
+    def _result(self, op: Callable, nodes: tuple[Any, Any], level: int, out: Any, known: bool = False) -> Node:
         key = key_of(op, *nodes)
         if key not in self._known:
             static = level == STATIC and isinstance(out, Tensor) and not known
@@ -306,7 +306,7 @@ class Tape:
             self._known[key] = self.static(value) if static else self._node(op, *nodes, level, value)
         return self._known[key]
 
-    def _append_in_place(self, op: Callable, args: tuple, kwargs: dict, nodes: tuple, level: int, out: Any) -> None:
+    def _append_in_place(self, op: Any, args: tuple, kwargs: dict, nodes: tuple, level: int, out: Any) -> None:
         """Record the operation that returns what this one writes into one of its arguments."""
         targets = written(op, args, kwargs)
         if len(targets) != 1 or op.overloadpacket in _RESIZING:
@@ -350,7 +350,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _level_seen(op: Callable, args: tuple, nodes: tuple, level: int, tensors: list[Tensor]) -> int:
+def _level_seen(op: Any, args: tuple, nodes: tuple, level: int, tensors: list[Tensor]) -> int:
     """The level of the values that Python sees, or that the shape of the result depends on; STATIC where of none."""
     if op is aten.index.Tensor:
         masks = (torch.bool, torch.uint8)

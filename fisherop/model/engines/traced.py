@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,15 @@ class Traced:
     ----------
     program : Program
         What other images can resume.
-    response : Tensor or None
-        The response to the image, flat, by the program that an earlier image left; None where the program is new.
+    response : Tensor
+        The response to the image, flat: as it was given, or by the program that an earlier image left.
     """
 
     name = "traced"
     is_recorded, calls_model = True, False
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
-        self.response = None
+        self.response: Tensor = response
         try:
             self.program, self._constants = _trace(respond, image, response)
         except RuntimeError:
@@ -109,7 +110,7 @@ class Program:
         block = block.contiguous()  # as in the recording, where layouts decided which copies were made
         if len(block) == 1:
             return self.single[direction](block[0], *constants)[0][None]
-        program = self._blocks.get((direction, len(block)), self)
+        program: Any = self._blocks.get((direction, len(block)), self)
         if program is self:
             program = alone(lambda _: self._keep_block(direction, constants, block), block.device)
         if program is None:
@@ -155,12 +156,12 @@ class Program:
 def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[Program, list[Tensor]]:
     tape = Tape()
     v, u = torch.ones_like(image), torch.ones_like(response)
-    x, *vectors = (tape.input(value, level) for value, level in ((image, IMAGE), (v, LINEAR), (u, LINEAR)))
+    x = tape.input(image, IMAGE)
+    vectors = {"jvp": tape.input(v, LINEAR), "vjp": tape.input(u, LINEAR)}
 
     answer, forward, backward = tape.record(lambda: _products(respond, image, v, u))
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
-    vectors = dict(zip(("jvp", "vjp"), vectors, strict=True))
     plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
     single = {direction: lower(tape, out) for direction, out in plain.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 _COMPARING = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
 
 
-def written(op: Callable, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
+def written(op: Any, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
     """The tensors that an operation writes to, by position or name."""
     found = {}
     for i, a in enumerate(op._schema.arguments):
@@ -27,7 +27,7 @@ def written(op: Callable, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
 
 
 @functools.cache
-def functional(op: Callable, where: int | str, same: bool) -> Callable:
+def functional(op: Any, where: int | str, same: bool) -> Callable:
     """The operation that returns what `op` writes into its argument `where`: PyTorch's own, or `op` on a copy.
 
     PyTorch's own gives another dtype where it compares, or where its arguments don't have the `same`.
@@ -40,7 +40,7 @@ def functional(op: Callable, where: int | str, same: bool) -> Callable:
         return getattr(packet, op._overloadname)
 
     def on_a_copy(*args: Any, **kwargs: Any) -> Tensor:
-        given = list(args) if isinstance(where, int) else kwargs
+        given: Any = list(args) if isinstance(where, int) else kwargs
         given[where] = given[where].clone()
         op(*(given if isinstance(where, int) else args), **kwargs)
         return given[where]
