@@ -47,8 +47,8 @@ def certify(
     leave the range of the dtype, the products are those of J times a power of two, and what is found is scaled back.
 
     J is the Jacobian of the program that runs, in its own arithmetic. Where that program's constants are inexact, as
-    the slope of a sigmoid near saturation is in float32, J is exact for them, and `noise` doesn't show that they are:
-    `against` judges the same vectors by the products of a more precise program.
+    the slope of a sigmoid near saturation is in float32, J is the exact Jacobian for these constants, and `noise` does
+    not reveal their error: with `against`, a more precise program judges the same vectors.
 
     Parameters
     ----------
@@ -60,25 +60,26 @@ def certify(
         The index claimed for each, ascending: 0, 1, … from the largest end, …, N − 2, N − 1 at the smallest, or both.
         −1 stands for N − 1, and so on.
     tol : float
-        Relative to λ_max, in whose place stands a Rayleigh quotient: at most λ_max, it makes each inequality stricter.
+        Relative to λ_max, for which the largest Rayleigh quotient is used; being at most λ_max, it makes every test
+        stricter.
     method : str
         The name of what found the vectors; it is kept in the result.
     probe : int
         Steps of a Lanczos run from a fresh random vector, in the complement of `vectors`: a Ritz value beyond a pair
-        by more than 2 tol λ_max shows that its index is wrong. Without them λ_max is known from `vectors` alone.
+        by more than 2 tol λ_max shows that its index is wrong. With 0 steps λ_max is known from `vectors` alone.
     rng : int or Generator, optional
         For the probe.
     ground : str or Evidence, optional
         Why the pairs are the extreme ones, where this is known; it is kept in the result, unless it is refuted.
     bounds : (float, float)
-        A lower bound of all eigenvalues of F and an upper one, by a theory of yours; the result's are no wider.
+        Of all eigenvalues of F, known from elsewhere; the result's are at most these, widened by rounding.
     details : mapping, optional
         What else there is to report; it is kept in the result.
     sample : Sample, optional
         Of the operator, where there is one already; else it is drawn by `rng`.
     against : torch.dtype or FisherOperator, optional
-        Whose products judge the vectors: of the model in ``torch.float64``, for which a module is copied and linearized
-        once more, or of an operator of your own. `bounds` are not taken over.
+        Judge by other products: ``torch.float64`` copies a module and linearizes it in that precision; or give an
+        operator of your own. `bounds` are then ignored.
 
     Returns
     -------
@@ -130,15 +131,15 @@ def certify(
     if sample.size == measured.scale == 0:
         evidence, bounds = Evidence("zero"), (0.0, 0.0)
         checks.warn(
-            f"{evidence}, and those returned are arbitrary: so is J of a metric at its reference, of a head of zeros, "
-            "of units that are all off, and of round or sign"
+            f"{evidence}, and those returned are arbitrary. J is zero, for example, for a metric at its reference, a "
+            "head of zeros, units that are all off, and round or sign"
         )
     elif Status.NOT_EXTREME in status:
         evidence = Evidence("refuted")
     elif evidence is None and measured.n_steps == 0:
         evidence = Evidence("complete" if len(index) == n else "none")
     elif evidence is None:
-        evidence = Evidence("complement", steps=probe)
+        evidence = Evidence("complement", steps=measured.n_steps)
     lambda_min_bounds, lambda_max_bounds = measured.enclosures(*bounds)
     return EigenResult(
         eigenvalues=measured.unit * measured.values,
@@ -161,7 +162,7 @@ def certify(
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """What products say of unit vectors v, for J times a power of two, in whose units all but `noise` is.
+    """What was measured of unit vectors v, for 2ᵉ J: all but `noise` and `margin` are in its units.
 
     Attributes
     ----------
@@ -174,13 +175,13 @@ class Measurements:
     jv : ndarray, shape (m, K)
     low, high : float
         Rayleigh quotients of two vectors orthogonal to all v, the lowest and the highest that a Lanczos run found,
-        made larger and smaller by what rounding may do to them; infinity and 0 where none was asked for.
+        `low` raised and `high` lowered by the possible effect of rounding; infinity and 0 if no run was asked for.
     n_steps : int
-        That it took.
+        Lanczos steps done.
     scale : float
         The largest Rayleigh quotient, which stands for λ_max.
     noise, margin : float
-        ε of products, and what bounds allow for it, both relative to σ_max.
+        The relative error ε of products, and the margin that bounds allow for it, both relative to σ_max.
     """
 
     unit: float
@@ -202,19 +203,19 @@ class Measurements:
         )
 
     def rounding(self, eps: float) -> float:
-        """Of the largest ‖J v‖², from that of J v and from that of v."""
+        """Of the largest ‖J v‖², from errors of J v and of the norm of v: a generous bound, to check the order."""
         largest, error = self.values.max(initial=0.0) ** 0.5, self.margin * self.scale**0.5
         return self.unit * (1000 * eps * largest**2 + 100 * ((largest + error) ** 2 - largest**2))
 
     def enclosures(self, low: float, high: float) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Intervals for λ_min and λ_max: Rayleigh quotients, and outer bounds that are known, wider by the margin."""
+        """Intervals for λ_min and λ_max: Rayleigh quotients inside, known bounds outside, widened by the margin."""
         inner = (self.values.min(initial=np.inf) ** 0.5 + self.margin * self.scale**0.5) ** 2
         least = min(inner, self.low) if self.m >= self.n else 0.0
         lowest, highest = low / self.unit - self.margin * self.scale, high / self.unit + self.margin * self.scale
-        most = max(self.scale, highest), self.scale * max(0.0, 1 - self.margin) ** 2
+        of_max = self.scale * max(0.0, 1 - self.margin) ** 2, max(self.scale, highest)
         return (
             (self.unit * min(max(lowest, 0.0), least), self.unit * least),
-            (self.unit * most[1], self.unit * most[0]),
+            (self.unit * of_max[0], self.unit * of_max[1]),
         )
 
 
@@ -228,12 +229,12 @@ def measure(operator: Any, v: NDArray, norms: NDArray, n_steps: int, sample: Sam
     fv = jacobian.rmatmat(jv).astype(np.float64)
     residuals = np.linalg.norm(fv - values * (v / norms), axis=0)
 
-    low, high = ritz_extremes(operator, v, n_steps, sample.start)
+    low, high, n_steps = ritz_extremes(operator, v, n_steps, sample.start)
     sigma_max = max(values.max(initial=0.0), high) ** 0.5
     noise = sample.noise(jacobian, v[:, :1], jv[:, :1] * norms[:1], sigma_max)
-    # a sample of the noise may show less, by chance, and sums of M squares have rounding of their own
+    # the sampled noise may be too small by chance; sums of M squares add rounding of their own
     margin = 2 * max(noise, float(np.finfo(operator.dtype).eps)) + m**0.5 * _EPS64
-    of_ritz = _RITZ * margin + 1000 * _EPS64  # and of T itself, some eps for each step
+    of_ritz = _RITZ * margin + 1000 * _EPS64  # and the rounding of T itself
     high *= max(0.0, 1 - of_ritz)
     scale = max(values.max(initial=0.0), high)
     return Measurements(
@@ -253,24 +254,29 @@ def measure(operator: Any, v: NDArray, norms: NDArray, n_steps: int, sample: Sam
 
 
 def judge(measured: Measurements, index: NDArray[np.intp], tol: float) -> NDArray[np.object_]:
-    """The status (K,) of each pair, that each is claimed to have this index."""
+    """The status (K,) of the pairs, whose claimed indices are `index`."""
     scale, noise, values, count = measured.scale, measured.noise, measured.values, len(index)
     allowed = tol * scale
-    # Rounding adds to a residual at nearly a right angle, so that what is measured is too large, but for chance; unless
-    # an iteration has settled where the two cancel, which it can at a tolerance near the noise.
+    # ε is that of a sum of three products, so it covers the two in F v. Rounding errors are nearly orthogonal to the
+    # residual, so that the measured one tends to be too large, and 4 ε / √N is margin enough; but if tol is near the
+    # noise, an iteration may have converged to where the two cancel, and the margin is ε.
     share = min(1.0, 4 / measured.n**0.5) if 10 * noise <= tol else 1.0
     is_pair = measured.residuals + noise * scale * share <= allowed
 
-    # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span.
+    # Together the last pairs prove as many eigenvalues ≤ tol · λ_max, if J is that small on all of their span. Errors
+    # of different columns are nearly orthogonal, so that the norm of all is hardly larger than that of one.
     from_bottom = index == np.arange(measured.n - count, measured.n)
-    few, more = 0, np.count_nonzero(from_bottom) + 1  # so many are null, so many are not: a longer block has more norm
+    few, more = (
+        0,
+        np.count_nonzero(from_bottom) + 1,
+    )  # bisection: `few` pairs are null, `more` are not; the norm grows with the block
     while more - few > 1:
         middle = (few + more) // 2
         largest = np.linalg.norm(measured.jv[:, count - middle :], ord=2) + noise * scale**0.5
         few, more = (middle, more) if largest**2 <= allowed else (few, middle)
     is_null = np.arange(count) >= count - few
 
-    slack = 2 * (tol + noise) * scale  # an index is claimed to no more
+    slack = 2 * (tol + noise) * scale  # indices are claimed only to within this
     beyond = (
         ((index == np.arange(count)) & (values < measured.high - slack))
         | (from_bottom & (values > measured.low + slack))
@@ -283,11 +289,11 @@ def judge(measured: Measurements, index: NDArray[np.intp], tol: float) -> NDArra
     return status
 
 
-def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> tuple[float, float]:
-    """Extreme Ritz values of F after some Lanczos steps from `start`, beside what was found; (inf, 0) after none.
+def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> tuple[float, float, int]:
+    """Extreme Ritz values of F by Lanczos steps from `start`, beside what was found, and the number of steps.
 
-    Each is the Rayleigh quotient of a vector orthogonal to `found`, so no bound on F's spectrum can contradict it. It
-    works in NumPy, one vector at a time, and reorthogonalizes twice.
+    Infinity, 0 and 0 if no step was possible. Each value is the Rayleigh quotient of a vector orthogonal to `found`, so
+    no bound on F's spectrum can contradict it. It works in NumPy, one vector at a time, and reorthogonalizes twice.
     """
 
     def orthogonalize(w: NDArray, count: int) -> NDArray:
@@ -309,21 +315,23 @@ def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> 
         w = orthogonalize(image, j + 1)
         length = np.linalg.norm(w)
         if length <= eps * np.linalg.norm(image):
-            break  # the Krylov space is exhausted; what is only rounding in float32 may still hold a direction beyond
+            break  # exhausted to float64 precision: a remainder at float32 rounding level may lead to more directions
         w = orthogonalize(w / length, j + 1)
         off_diagonal.append(float(w @ image / np.linalg.norm(w)))
     if not diagonal:
-        return np.inf, 0.0
+        return np.inf, 0.0, 0
     off = off_diagonal[: len(diagonal) - 1]
     ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0)
+    return max(float(ritz[0]), 0.0), max(float(ritz[-1]), 0.0), len(diagonal)
 
 
 def judging(operator: Any, against: Any) -> Any:
     """The Fisher operator that judges in the place of another."""
     if isinstance(against, torch.dtype):
         if not hasattr(operator, "linearization"):
-            checks.refuse(TypeError, "against", "a FisherOperator, for an operator that is of no model", against)
+            checks.refuse(
+                TypeError, "against", "a FisherOperator, since this operator has no model to convert", against
+            )
         checks.moved("against", operator.linearization.image, against)
         return operator.to(against)
     judge = getattr(against, "fisher", against)
@@ -354,7 +362,7 @@ def check_index(eigenindex: list[int], n: int) -> NDArray[np.intp]:
 def check_orthonormal(v: NDArray, eps: float) -> NDArray[np.float64]:
     """The norms of columns (N, K); ValueError unless these are orthonormal."""
     gram = np.zeros((v.shape[1], v.shape[1]))
-    for i in range(0, len(v), _SLAB):  # of which copies in float64 are small
+    for i in range(0, len(v), _SLAB):  # so that the float64 copies stay small
         slab = v[i : i + _SLAB].astype(np.float64)
         gram += slab.T @ slab
     deviation = np.abs(gram - np.eye(len(gram))).max(initial=0.0)

@@ -265,8 +265,8 @@ class Eigendistortion(BuiltAnew):
         Returns
         -------
         predicted, actual : ndarray of the shape of `scale`
-            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂. The latter is rounding where it is as small
-            as the image's dtype resolves f.
+            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂. The latter is only rounding if it is
+            below the resolution of f in the image's dtype.
 
         Raises
         ------

@@ -43,14 +43,14 @@ class FromOperator(Jacobian):
                 checks.refuse(ValueError, "A", f"{what} of two dimensions", A)
             self.A = checks.operator("A", A, what)
             parts = (getattr(self.A, f"_CustomLinearOperator__{name}_impl", self) for name in ("rmatvec", "rmatmat"))
-            if not any(parts):  # of SciPy's, made of functions
+            if not any(parts):  # an operator of SciPy's made of functions
                 checks.refuse(TypeError, "A", "an operator with an adjoint", A, "give it an rmatvec")
             kind = np.dtype(self.A.dtype or np.float64)
             if kind.kind not in "biuf":
                 checks.refuse(TypeError, "A", what, A)
             self.dtype = torch.float32 if kind == np.float32 else torch.float64
             self.device = torch.device("cpu")
-            if issparse(A) and kind.kind != "f":  # whose sums would leave the range of small integers
+            if issparse(A) and kind.kind != "f":  # sums would overflow small integer types
                 self.A = checks.operator("A", A.astype(np.float64), what)
         m, n = self.A.shape
         self.shape = int(m), int(n)

@@ -20,7 +20,7 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     ----------
     image : Tensor, shape (..., height, width)
     size : int or (int, int)
-        Height and width; one number for both. Where an odd number of pixels goes, the one more goes at the end.
+        Height and width; one number for both. If an odd number is removed, the extra one is removed at the end.
 
     Returns
     -------
@@ -78,14 +78,16 @@ def load_image(
         if upright.has_transparency_data:
             rgba = upright.convert("RGBA")
             if np.asarray(rgba.getchannel("A")).min() < 255:
-                raise ValueError(f"{path} has transparent pixels, whose colour is open: put it on a background first")
+                raise ValueError(
+                    f"{path} has transparent pixels, whose colour is unknown: put it on a background first"
+                )
             upright = rgba.convert("RGB")
         if upright.mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32
             pixels = np.asarray(upright, dtype=np.float64) / 65535
             if upright.mode == "I" and pixels.max() > 1:
                 raise ValueError(f"{path} has pixels of more than 16 bits: convert it to 8 or 16")
         elif upright.mode == "F":
-            raise ValueError(f"{path} holds floating-point pixels, whose white is open: pass a tensor of your own")
+            raise ValueError(f"{path} holds floating-point pixels, whose white level is unknown: pass your own tensor")
         else:
             grey = upright.mode in ("1", "L", "LA")
             pixels = np.asarray(upright.convert("L" if grey else "RGB"), dtype=np.float64) / 255

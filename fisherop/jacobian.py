@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fisherop import checks
 
-# Of log₂ ‖J‖, by dtype. Within the first, ‖J‖⁴, which the norm of F v takes, leaves room in the dtype. The second is
-# what J v can be held in for N up to 2²⁴, and what the eigenvalues ‖J v‖² can be held in as float64.
+# Of |log₂ ‖J‖|, by dtype. Below the first, ‖J‖⁴, which arises in the norm of F v, is well within the dtype's range.
+# Below the second, J v is within it for N up to 2²⁴, and the eigenvalues ‖J v‖² are within that of float64.
 _COMFORTABLE = {"float32": 25, "float64": 200}
 POSSIBLE = {"float32": 115, "float64": 500}
 _SLAB = 2**16  # columns that go through temporary memory at a time
@@ -52,8 +52,8 @@ class Jacobian(Protocol):
     def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """R and JᵀJ times each row: ``(k, N) -> (k, k), (k, N)``, where J rowsᵀ = Q R.
 
-        A Krylov space of F takes no more: RᵀR is the Gram matrix of J times the rows, and R has the singular values of
-        J on their span. So a J of many parts needs nothing as long as all its responses. R is float64.
+        A Krylov method for F needs no more: RᵀR is the Gram matrix of J times the rows, and R has the singular values
+        of J on their span. So a J of many parts never holds all responses at once. R is float64.
         """
         images = self.jvp(rows)
         return triangle(images), self.vjp(images)
@@ -73,7 +73,7 @@ def triangle(rows: Tensor) -> Tensor:
 
 
 class _Of(Jacobian):
-    """A Jacobian made of another, which it is like in all that isn't said."""
+    """A Jacobian made of another, with its attributes unless others are given."""
 
     def __init__(self, J: Jacobian, n_responses: int | None = None, n_pixels: int | None = None) -> None:
         self.J = J
@@ -326,7 +326,7 @@ def shared(J: Jacobian) -> Any:
 
 
 def comfortable_exponent(size: float, dtype: str) -> int:
-    """e of the `Scaled` Jacobian with which F can be computed, ‖J v‖ being `size` for a unit vector v; 0 if with J."""
+    """The exponent e for which F of 2ᵉ J can be computed, if ‖J v‖ is `size` for a unit vector v; 0 if J will do."""
     exponent = round(-math.log2(size)) if size else 0
     return exponent if abs(exponent) > _COMFORTABLE[dtype] else 0
 

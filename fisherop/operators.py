@@ -141,9 +141,9 @@ class _Operator(LinearOperator):
             return type(self)(image, model, **lin.options)
         except (RuntimeError, TypeError, ValueError) as error:
             raise RuntimeError(
-                f"the model is no nn.Module, which could be copied and moved, and fails for an image of {image.dtype} "
-                f"on {image.device}: make an operator of image.to(...) and of a model that takes it, which against= "
-                f"takes, too. {error}"
+                f"the model is not an nn.Module, so that it can't be copied and moved, and it fails for an image of "
+                f"{image.dtype} on {image.device}: make an operator from image.to(...) and a model that accepts it; "
+                f"against= takes that operator, too. {error}"
             ) from error
 
     def in_float64(self, scale: float = 1.0) -> LinearOperator:
@@ -170,7 +170,7 @@ class _Operator(LinearOperator):
         return block.reshape(len(block), math.prod(block.shape[1:])).cpu().numpy().T
 
     def _to_torch(self, array: NDArray) -> Tensor:
-        # Always a copy: torch takes neither read-only memory nor strides that NumPy ignores, as of v[:, ::-1] at k = 1
+        # Always a copy: torch refuses read-only memory and negative strides, even unused ones as of v[:, ::-1] at k = 1
         return torch.from_numpy(np.array(array, self.dtype, order="C")).to(self.products.device)
 
     # The public methods only say better what is wrong; which shapes mean what is SciPy's to decide. It calls `_matvec`
@@ -386,7 +386,7 @@ def _check_dense_size(operator: _Operator, max_bytes: int) -> None:
 
 
 def counted(operator: Any) -> Any:
-    """The operator of the same kind whose products are counted from here on; they must be what they were."""
+    """An operator of the same kind that counts its products from here on; RuntimeError if the model has changed."""
     operator.products.check_current()
     own = type(operator)._from(Counted(operator.products))
     own.jacobian.dense = operator.jacobian.dense

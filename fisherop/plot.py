@@ -245,7 +245,7 @@ def _draw_spectrum(ax: Axes, result: EigenResult, x: NDArray, colour: str, prefi
 
 
 def convergence(result: EigenResult) -> Figure:
-    """Draw how far the pairs at each end were from convergence, against products: residuals, values at the smallest.
+    """Draw the convergence of the pairs at each end against products: residuals, and values at the smallest end.
 
     Parameters
     ----------
@@ -256,8 +256,8 @@ def convergence(result: EigenResult) -> Figure:
     -------
     Figure
         The largest of the k residuals at each end, relative to λ_max, on a log scale; dashed, the largest of the k
-        smallest Ritz values, which proves them null to tol once it is below it. Dots are what the certificate found;
-        grey is what products can't resolve.
+        smallest Ritz values, which prove them null to tol once below the line of tol. Dots are what the certificate
+        found; grey is what products can't resolve.
 
     Raises
     ------
@@ -293,7 +293,7 @@ def convergence(result: EigenResult) -> Figure:
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:
-    """That of distortions, which is to be their norm; by default 5 % of the range from black to white are their RMS."""
+    """The norm of distortions; by default their RMS is 5 % of the range from black to white."""
     return 0.05 * (limits[1] - limits[0]) * size**0.5 if scale is None else checks.number("scale", scale)
 
 

@@ -173,8 +173,8 @@ class EigenResult:
         intervals are (0, 0) where J is zero, so that every vector is both extremes.
     noise : float
         Relative rounding error of products, ε = ‖J(x + y) − J x − J y‖ / σ_max. Residuals below ε λ_max and
-        eigenvalues below 4 ε² λ_max are noise. The inequalities are held with ε as a margin, that of residuals, where
-        tol is at least 10 ε, with 4 ε / √N: rounding errors, whose direction is random, add to what is measured.
+        eigenvalues below 4 ε² λ_max are noise. The inequalities are tested with ε as a margin; for residuals, if tol is
+        at least 10 ε, with 4 ε / √N, since rounding errors of random direction enlarge what is measured.
     evidence : Evidence
         Why the pairs are believed to be the extreme ones.
     ground : str

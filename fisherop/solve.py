@@ -53,11 +53,11 @@ def eigenpairs(
         ``"auto"`` is ``"exact"`` where min(M, N) ≤ 100 k, so that its products are fewer, and J is small, else
         ``"golub_kahan"``; ``details["method"]`` says which and why. Others: ``"eigsh"``, ``"lobpcg"``, ``"svds"``,
         ``"primme"`` (an extra), ``"power"``, ``"randomized_svd"``; or a solver of your own, called as
-        ``solver(operator, k, which, tol=, maxiter=, rng=)``, operator a `FisherOperator` on the same linearization
-        with a count of its own; where F would leave the range of its dtype, it is that of J times a power of two, whose
-        eigenvectors are the same. It returns ``(values, vectors)`` by descending value, the vectors in columns (N, k),
-        for "both" (N, 2 k); a third item, a dict, goes to ``result.details``; or an `Answer`. The values are
-        recomputed. Where J is zero, it isn't called.
+        ``solver(operator, k, which, tol=, maxiter=, rng=)``. `operator` is a `FisherOperator` that counts its own
+        products; if F would leave the range of its dtype, it is scaled by a power of two, which leaves eigenvectors as
+        they are. Return ``(values, vectors)`` by descending value, the vectors in columns (N, k), for "both" (N, 2 k);
+        a third item, a dict, goes to ``result.details``; or return an `Answer`. The values are recomputed. If J is
+        zero, the solver isn't called.
     tol : float
         Relative to λ_max: a pair is converged when ‖F v − λ v‖ ≤ tol · λ_max, or, at the smallest end, when
         ‖J v‖² ≤ tol · λ_max. Solvers aim somewhat lower, so that rounding doesn't decide.
@@ -125,7 +125,7 @@ def eigenpairs(
         if found is not None:
             kept["result"] = found
             return found
-    # rounding mustn't decide: the certificate adds the noise of products to residuals
+    # aim below tol, since the certificate adds the noise of products to residuals
     aim = 0.95 * tol if solver.is_robust else max(0.5 * tol, 0.95 * tol - 4 * float(np.finfo(operator.dtype).eps))
     if kept is not None:
         options["state"] = kept
@@ -225,7 +225,7 @@ def _recall(
     here = np.isin(result.eigenindex, index)
     if tol < result.tol or here.sum() < len(index) or not result.converged[here].all():
         return None
-    if here.all() and tol == result.tol and result.evidence.source != "zero":  # which is told again
+    if here.all() and tol == result.tol and result.evidence.source != "zero":  # which warns again
         return result
     details = {name: x for name, x in result.details.items() if name != "nullity" or tol == result.tol}
     anew = _certify_anew(
@@ -378,7 +378,7 @@ def _joined(operator: FisherOperator, answer: Answer, given: NDArray) -> Answer:
         values, known = ((operator.jacobian.matmat(v).astype(np.float64) ** 2).sum(axis=0) for v in (found, given))
         top = largest.shape[1]
         is_large = known > (values[:top].min() + values[top:].max()) / 2
-    # what was said of the others holds in the complement of those given alone
+    # the solver's evidence and bounds hold only in the complement of the given vectors
     return dataclasses.replace(
         answer,
         largest=np.hstack([largest, given[:, is_large]]),

@@ -32,7 +32,7 @@ def check_adjoint(
     AssertionError
         The sides differ by more; the message says by how much.
     """
-    operator = checks.operator("operator", operator, "a LinearOperator, or what SciPy makes one of")
+    operator = checks.operator("operator", operator, "a LinearOperator, or what aslinearoperator accepts")
     if np.dtype(operator.dtype).kind not in "iufc":
         checks.refuse(TypeError, "operator", "of real or complex numbers", operator.dtype)
     dtype = np.result_type(operator.dtype, np.float32)

@@ -66,8 +66,8 @@ def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -
 
     They are the eigenpairs of AᵀA and the columns of Q in A V = Q R, by one more product each; where M < N, the
     eigenpairs of AAᵀ and Q in AᵀU = Q R. So both sides are orthonormal, and u is A v / σ where σ is more than rounding.
-    Where A v is rounding alone, u is some direction orthogonal to the others, and no left singular vector: its residual
-    ‖Aᵀu − σ v‖ says so. For one, ask for the null space of Aᵀ.
+    If A v is rounding alone, u is an arbitrary direction orthogonal to the others, and not a left singular vector, as
+    its residual ‖Aᵀu − σ v‖ shows; the null space of Aᵀ holds one.
 
     Parameters
     ----------

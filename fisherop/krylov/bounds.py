@@ -31,7 +31,7 @@ class RitzPairs:
     n : int
         The dimension of the space that they are random in.
     noise : float
-        Of the rounding of a product, the part along one unit vector, in the units of θ.
+        The component of a product's rounding error along one unit vector, in the units of θ.
     eps : float
         The machine epsilon of the vectors.
     """
@@ -49,14 +49,14 @@ class RitzPairs:
 
     @property
     def norms(self) -> NDArray[np.float64]:
-        """Of the residuals."""
+        """The norms of the residuals."""
         return np.linalg.norm(self.residuals, axis=0)
 
     def chance_of(self, x: float, pairs: slice | NDArray = slice(None), noise: float | None = None) -> float:
-        """Of an eigenvalue x whose eigenvector is orthogonal to all other Ritz vectors than these; 1 after a restart.
+        """A bound of the chance of an eigenvalue x whose eigenvector is orthogonal to all Ritz vectors but `pairs`.
 
-        A part of the start that is given, v0, shifts the share of an eigenvector in it by a constant, so that small
-        ones become less probable.
+        It is 1 after a restart. A given part of the start, v0, adds a constant to an eigenvector's share in it, which
+        makes a small share less probable.
         """
         if self.start is None:
             return 1.0
@@ -106,7 +106,7 @@ def chance_of_missing(
         Sᵀ times the eigenvectors of T.
     n : int
     noise : float
-        Of the rounding of a product, the part along one unit vector, in the units of `theta`.
+        The component of a product's rounding error along one unit vector, in the units of `theta`.
     """
     p, q, distances = len(start), 0.0, theta - x
     if p == 0:  # nothing is known of a start
@@ -125,7 +125,9 @@ def chance_of_missing(
 
 
 def would_show(ritz: RitzPairs, x: float, pairs: slice, aim: float, noise: float | None = None) -> bool:
-    """Whether an eigenvalue x is improbable, since some Ritz pairs, not all converged, don't show it.
+    """Whether an eigenvalue x would show in some Ritz pairs, but for a probability of at most δ.
+
+    Converged pairs next to x say nothing of it.
 
     The random start may be lost in a restart. Then the residual of the nearest pair decides, relative to the distance:
     the missed vector, whose share in the random start is about that of the pair's own, would show in it.
@@ -139,7 +141,7 @@ def would_show(ritz: RitzPairs, x: float, pairs: slice, aim: float, noise: float
 
 
 def outer_bounds(ritz: RitzPairs) -> Bounds:
-    """Beyond which no eigenvalue lies, but for a probability δ at each end; none after a restart."""
+    """Bounds beyond which no eigenvalue lies, but for a probability δ at each end; none after a restart."""
     if ritz.start is None:
         return Bounds()
     theta = ritz.values

@@ -18,8 +18,9 @@ _EPS64 = float(np.finfo(np.float64).eps)
 
 
 class _Relation(NamedTuple):
-    """All but V, which are the first rows of the storage: published by one assignment, so that an interrupt finds a
-    relation that holds."""
+    """The relation without V, which is in the storage. Its parts are replaced by one assignment, so that an interrupt
+    never finds them inconsistent.
+    """
 
     w: Tensor
     t: NDArray[np.float64]
@@ -51,7 +52,7 @@ class LanczosFactorization:
     shares : ndarray, shape (p, at most m + b), or None
         The random unit vectors that joined, in the coordinates of V and W. None after a restart, which loses them.
     noise : float
-        Of F v, the part of rounding along one unit vector, in the units of T.
+        The component of the rounding error of F v along one unit vector, in the units of T.
     """
 
     def __init__(self, J: Jacobian, locked: Tensor, storage: Tensor, scale: float = 0.0) -> None:
@@ -141,7 +142,7 @@ class LanczosFactorization:
         return torch.as_tensor(array, dtype=self.storage.dtype, device=self.storage.device)
 
     def extend(self, block: Tensor, random_part: float = 1.0) -> None:
-        """Let vectors (p, N) join W, of which so large a part is random; F V has no part in them."""
+        """Append vectors (p, N) to W, of which the fraction `random_part` is random; their rows of C are zero."""
         norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).cpu().numpy()[:, None]
         new = block / norms.max()
         for _ in range(2):
@@ -183,10 +184,11 @@ class LanczosFactorization:
         # F W has no part in what it isn't linked to, so that the first overlaps there are rounding
         rounding = overlaps[0][:, self.n_locked : self.n_locked + linked.start].abs().max() if linked.start else 0.0
         self.noise = max(self.noise, float(rounding), 4 * self.eps / self.n**0.5 * size)
-        # also what is rounding in float32 stays: a direction that is dropped may hold what is beyond the Ritz values
+        # directions at float32 rounding level are kept: dropping one may hide eigenvalues beyond the Ritz values
         w, r = orthonormalize_beside(fw, basis, floor=_EPS64 * size)
         w, r = w[: self.n - m - b], r[: self.n - m - b]
-        self._publish(basis[self.n_locked + m :], self.t, self.c, shares)  # the old one, and its buffer is free
+        # the relation is unchanged, but W now lies in the storage, and its buffer is free
+        self._publish(basis[self.n_locked + m :], self.t, self.c, shares)
         self._publish(self._buffered(w), t, np.hstack([np.zeros((len(r), m)), r]), shares)
 
     def multiply(self, rows: Tensor) -> tuple[NDArray[np.float64], Tensor]:

@@ -30,7 +30,7 @@ def project(block: Tensor, basis: Tensor) -> Tensor:
 
 
 def combine(rows: Tensor, y: Tensor) -> Tensor:
-    """y times the first rows, in y's precision, in their place, since they may be all the memory that there is."""
+    """Overwrite the first rows with y times them, in y's precision: there may be no memory for a copy."""
     for columns in rows.split(_SLAB, dim=1):
         columns[: len(y)] = y @ columns[: y.shape[1]].to(y.dtype)
     return rows[: len(y)]
@@ -57,7 +57,7 @@ def orthonormalize(block: Tensor, floor: float) -> tuple[Tensor, NDArray[np.floa
 
 
 def orthonormalize_beside(block: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, NDArray[np.float64]]:
-    """The same, and Q orthogonal to the rows of an orthonormal basis, to which a long direction of the block was."""
+    """As `orthonormalize`, with Q also orthogonal to the rows of `basis`, as the longer directions already are."""
     block, c = orthonormalize(block, floor)
     kept = 0.0 if len(block) > 1 else 1.0  # of the shortest vector
     while kept < 0.9:
@@ -68,7 +68,7 @@ def orthonormalize_beside(block: Tensor, basis: Tensor, floor: float) -> tuple[T
 
 
 def _reorthonormalize(block: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
-    """Q and R of unit vectors that are nearly orthogonal but for the last, which come from rounding and are left out.
+    """Q and R of unit vectors that are nearly orthogonal, but for the last ones, which are rounding and are dropped.
 
     Each vector keeps its direction beside those before it, so that a longer one loses nothing to shorter ones.
     """

@@ -19,8 +19,8 @@ from fisherop.krylov.lanczos import LanczosFactorization
 from fisherop.krylov.orthogonalize import combine, eigh, inner
 from fisherop.result import Answer, Evidence, Nullity
 
-CHANCE = 0.3  # of an eigenvalue beyond those claimed, by more than 2 tol, at which a first run may end
-_CHEAP, _SMALL = 30, 1000  # up to so many vectors, or for N up to that, it may not end before that chance is below δ
+CHANCE = 0.3  # a first run may end once an eigenvalue more than 2 tol beyond those claimed is so improbable
+_CHEAP, _SMALL = 30, 1000  # for at most so many basis vectors, or N up to that, only once it is at most δ
 
 
 class Found(NamedTuple):
@@ -90,8 +90,8 @@ class Goal:
     def chance_of_more(self, ritz: RitzPairs, largest: float, noise: float | None = None) -> float:
         """The chance of an eigenvalue more than 2 tol beyond those wanted: two so close may blend in one pair.
 
-        A look for missed ones that follows would not show it: what is left of its vector is no eigenvector there. Not
-        known, and 0, after a restart.
+        A later probe would not show it, since the rest of its vector is no eigenvector in the complement. After a
+        restart the chance is unknown, and 0 is returned.
         """
         if ritz.start is None:
             return 0.0
@@ -173,7 +173,7 @@ class Search:
     given : Tensor, shape (q, N)
         Eigenvectors found before, which all is orthogonal to.
     main, fact : LanczosFactorization or None
-        That from the start, None once its memory was needed; and the one that is worked on.
+        The first factorization, None once its memory was used again; and the current one.
     phase : str
         ``"main"`` until the wanted pairs have converged; ``"look"`` between looks for missed ones, ``"probe"`` in one,
         ``"join"`` while what it found converges with the rest.

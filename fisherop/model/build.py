@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherop.checks import warn
 from fisherop.model import programs
-from fisherop.model.compat import attempt, prepare_recording
+from fisherop.model.compat import clean_failure, prepare_recording
 from fisherop.model.contents import Contents
 from fisherop.model.engines import ENGINES, Traced, advice
 from fisherop.model.engines.plain import forward_mode, slope
@@ -89,7 +89,7 @@ def _resumed(
     try:
         engine = Traced.resume(image, kept.program)
         v = random((1, *image.shape), image, seed=0)
-        with attempt():
+        with clean_failure():
             response, reference = forward_mode(respond, image, v[0])
             check_close("response", engine.response, response, respond.sizes, ROUNDINGS * eps)
             response = response.clone().reshape(respond.shape)
@@ -129,7 +129,7 @@ def _new(
         )
     engine, trial, size = _chosen(image, respond, response, names, chunk_size, seen.bytes, precision, settled, report)
     v, jv = trial.v[0], trial.jv[0]
-    with attempt():
+    with clean_failure():
         decided = check_slope(respond, image, v, jv, engine.slope, precision=precision, detaches=seen.detaches)
     if not decided:
         note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
@@ -157,7 +157,7 @@ def _chosen(
     v = random((1, *image.shape), image, seed=0)
     for name in names:
         try:
-            with attempt():
+            with clean_failure():
                 engine = ENGINES[name](respond, image, response.flatten())
                 # the others' own products are PyTorch's
                 reference = slope(respond, image, v[0]) if engine.is_recorded else None

@@ -196,7 +196,7 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def attempt() -> Iterator[None]:
+def clean_failure() -> Iterator[None]:
     """Something that may fail inside PyTorch: an error leaves the thread's dispatch state as it was.
 
     PyTorch's guards lie in the frames that an error's traceback keeps. When that is freed, whenever that is, they put

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherop.checks import warn
-from fisherop.model.compat import attempt
+from fisherop.model.compat import clean_failure
 from fisherop.model.contents import Contents
 from fisherop.model.guard import Guard
 from fisherop.model.response import Response, check_mode
@@ -107,7 +107,7 @@ class Current:
         error = self._trial.error if math.isfinite(self._trial.error) else 0.0
         allowed = ROUNDINGS * max(torch.finfo(self._image.dtype).eps, error)
         try:
-            with attempt():
+            with clean_failure():
                 found = compute()
                 return all(
                     norm(a.flatten() - b.flatten()) <= allowed * norm(b) for a, b in zip(found, expected, strict=True)

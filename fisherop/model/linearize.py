@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fisherop import checks
 from fisherop.model.build import build, in_chunks
-from fisherop.model.compat import attempt
+from fisherop.model.compat import clean_failure
 from fisherop.model.current import Current
 from fisherop.model.engines import ENGINES
 from fisherop.model.guard import Guard
 from fisherop.model.pickles import check_picklable
 from fisherop.model.response import Response, check_image, check_model
-from fisherop.model.undisturbed import alone, in_thread
+from fisherop.model.undisturbed import alone, keeping_settings
 
 
 def linearize(
@@ -34,18 +34,18 @@ def linearize(
     model : callable or nn.Module
         Maps the image to its response: a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors,
         which is flattened and concatenated in order; None is left out. What `torch.compile` wraps runs uncompiled. The
-        model is left as it is after one plain call: what that sets up is kept, as ordinary tensors. It must not change
-        while the linearization is in use: see `check_current`.
+        model is left in the state that one plain call leaves it in; tensors that this call creates are kept, detached.
+        It must not change while the linearization is in use: see `check_current`.
     engine : {"auto", "traced", "functional", "double_backward"}
-        How products are made. ``"traced"``: by the operations of one J v and one Jᵀu, recorded, without what depends
-        on the image alone, which is computed once; for an `nn.Module` the record serves later images of the same shape
-        and dtype, until the module changes. ``"functional"``: J v by dual numbers, at every product anew, Jᵀu by the
+        How products are made. ``"traced"`` replays the recorded operations of one J v and one Jᵀu; what depends only
+        on the image is computed once; for an `nn.Module` the record serves later images of the same shape and dtype,
+        until the module changes. ``"functional"``: J v by dual numbers, at every product anew, Jᵀu by the
         backward pass of one forward pass that is kept. ``"double_backward"``: both from that backward pass, which is
         differentiated once more; for models with operations that have no forward mode. ``"auto"``: the first of these
         that can be built, is right, and leaves the model as it was.
     chunk_size : int, optional
-        How many products go through the model at a time, at most. By default 64, and fewer where a tensor of a block
-        would reach 32 MiB (``"traced"``), or all that it computes on its way 1 GiB (the other engines).
+        How many products go through the model at a time, at most. By default 64, or as many as keep each tensor of a
+        block below 32 MiB (``"traced"``), or all its intermediate results together below 1 GiB (the other engines).
 
     Returns
     -------
@@ -57,13 +57,14 @@ def linearize(
     Raises
     ------
     TypeError
-        The image or the response is not a floating-point tensor of one dtype; a complex response needs
+        The image is neither float32 nor float64, or the response is not of the same dtype; a complex response needs
         `torch.view_as_real`.
     ValueError
-        The image holds more than one image, NaN or infinity; the model is in training mode, on another device,
-        not deterministic, not differentiable, or its derivatives are inconsistent, or not the slope of its response.
+        The image holds more than one image, NaN or infinity; the model is in training mode, on another device, not
+        deterministic, or not differentiable; or PyTorch's own derivatives are inconsistent, or not the slope of the
+        response.
     RuntimeError
-        The engine named, or each of those tried, can't be built or is wrong; the message quotes why.
+        No engine, or not the one named, could be built and passed these checks; the message quotes why.
     """
     return Linearization(image, model, engine=engine, chunk_size=chunk_size)
 
@@ -86,12 +87,13 @@ class Linearization:
     chunk_size : int
         The number of vectors that pass through the model together.
     mismatch : float
-        How far J v and Jᵀu are from those of one matrix, relative to them, where the model has steps in a lower
-        precision than the image's, or rounding is large, as in a confident softmax; else 0.
+        Relative deviation of J v and Jᵀu from the products of one matrix, if steps in a lower precision or large
+        rounding, as in a saturated softmax, cause one; else 0.
     n_jvp, n_vjp : int
         How many vectors were multiplied with J and with Jᵀ since construction.
     on_product : callable or None
-        Called with the number of products after each chunk (0.5 a vector and direction), for progress bars.
+        Called after each chunk, for progress bars, with the number of products: 0.5 for each vector multiplied by J or
+        by Jᵀ.
     """
 
     def __init__(
@@ -172,7 +174,11 @@ class Linearization:
         jvp: int,
         vjp: int,
     ) -> Tensor:
-        """A block of products, alone where PyTorch differentiates, with a model unharmed where it is called."""
+        """Multiply a block.
+
+        If the engine differentiates, no other thread may do so meanwhile; if it calls the model, the model is restored
+        afterwards.
+        """
         self._current.check()
 
         def done(count: int) -> None:
@@ -187,11 +193,11 @@ class Linearization:
                 return in_chunks(multiply, block, shape, self.chunk_size, done)
             if last is not None:
                 last.append(Guard(self.model).restore)
-            with attempt():
+            with clean_failure():
                 return in_chunks(multiply, block, shape, self.chunk_size, done)
 
         if self._engine.is_recorded:
-            return in_thread(run, block.device)
+            return keeping_settings(run, block.device)
         return alone(run, block.device, self._draws)
 
     def respond(self, image: Tensor) -> Tensor:
@@ -199,15 +205,17 @@ class Linearization:
         checks.tensor("image", image, self.image_shape, self.image)
         check_model(self.image, self.model)
 
-        def run(_: list[Callable]) -> Tensor:
-            with torch.inference_mode(False), torch.no_grad():
+        def run(last: list[Callable]) -> Tensor:
+            last.append(Guard(self.model).restore)
+            with clean_failure(), torch.no_grad():
                 return self._respond(image)
 
         return alone(run, image.device, self._draws)
 
     def check_current(self) -> None:
-        """Whether the model is still the one that was linearized, by all of it that is seen; see `Current`.
+        """Raise RuntimeError if the model has changed so that products may be wrong; see `Current`.
 
-        Products look at the identity, place and version of its tensors alone.
+        Warns if it has changed, but the products are still those of the model as it was. Before a product only the
+        identity, memory and version of the model's tensors are compared.
         """
         self._current.check(thoroughly=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.model.compat import attempt
+from fisherop.model.compat import clean_failure
 from fisherop.model.draws import DETACHING
 from fisherop.model.engines.nodes import replace
 from fisherop.model.engines.writes import written
@@ -196,7 +196,7 @@ def _arithmetic(
         return _Arithmetic(respond, torch.float64), None
     for candidate in (lambda: _Arithmetic(respond, torch.float64, promotes=True), lambda: _copied(respond)):
         try:
-            with attempt(), torch.no_grad():
+            with clean_failure(), torch.no_grad():
                 arithmetic = candidate()
                 with _context(arithmetic):
                     ahead = arithmetic.respond(image.double() + arithmetic.steps[0] * scale * v.double())

@@ -176,7 +176,7 @@ def alone(
                 raise
 
 
-def in_thread(function: Callable[[], T], device: torch.device) -> T:
+def keeping_settings(function: Callable[[], T], device: torch.device) -> T:
     """Call `function`; afterwards the settings of this thread are as before."""
     before = Thread(device)
     try:

@@ -18,7 +18,7 @@ from fisherop.operators import FisherOperator
 from fisherop.result import Answer, SolverStopped
 
 _RANDOM_PART = 0.1  # of a start from v0
-_FRESH = 30  # random vectors that may join against rounding
+_FRESH = 30  # random vectors that may be added because of rounding
 
 
 def golub_kahan(
@@ -38,14 +38,14 @@ def golub_kahan(
 ) -> Answer:
     """The largest and the smallest eigenvalues of F together, by Golub–Kahan–Lanczos bidiagonalization of J.
 
-    The basis V of the input side is orthogonalized in full, the left vectors are not kept: with ``J V = U B`` only
-    ``T = BᵀB = VᵀF V`` is needed, and V [1]_. T is small, in float64; its eigenpairs give the Ritz pairs of F and, for
-    free, their residuals. Where V is full, harmonic Ritz vectors of both ends replace it [2]_ [3]_.
+    Only the right vectors V are kept, with full reorthogonalization: with J V = U B, all that is needed beside them is
+    T = BᵀB = VᵀF V [1]_. T is small, in float64; its eigenpairs give the Ritz pairs of F and, without further products,
+    their residuals. When V is full, the search restarts from harmonic Ritz vectors of both ends [2]_ [3]_.
 
-    A Krylov space from one random vector holds one vector of each eigenspace. For k > 1 further random vectors join:
-    in a block from the start, where N − M ≥ k zeros are known; as soon as the share of the start vector in the smallest
-    Ritz vectors says that several eigenvalues lie there; or after convergence, orthogonal to what was found, to look
-    for eigenvalues that were missed.
+    A Krylov space from one random vector holds one vector of each eigenspace. So for k > 1 further random vectors are
+    added: as a block from the start, if N − M ≥ k eigenvalues are known to be zero; during the run, if the start
+    vector's share in the nearly null Ritz vectors shows that there are several; or after convergence, orthogonal to
+    what was found, to look for missed eigenvalues.
 
     Parameters
     ----------
@@ -54,9 +54,9 @@ def golub_kahan(
     max_basis : int, optional
         Vectors in V, by default as many as `basis_memory` holds, at most 1500.
     basis_memory : int
-        Bytes for V; all that is held beside it is at most a fifth of that, and products take some on their way. The
-        process may grow by more where glibc is older than 2.38, which can't use again the holes that aligned tensors
-        leave: set ``MALLOC_MMAP_THRESHOLD_`` to 1000000 in its environment.
+        Bytes for V. All else that is held takes at most a fifth of that, and products need temporary memory. With glibc
+        before 2.38 the process may grow further, since it does not use the gaps between aligned tensors again: set
+        ``MALLOC_MMAP_THRESHOLD_`` to 1000000 in its environment.
     v0 : ndarray, shape (N,) or (N, p), optional
         Where to start: from the sum of these, of unit norm each, and a random vector of norm 0.1, so that no
         eigenvector is left out.
@@ -64,20 +64,20 @@ def golub_kahan(
         Eigenvectors found before at the ends asked for, orthonormal: the next k pairs at each end are found.
         `eigenpairs` puts both in its result, and examines them together.
     callback : callable, optional
-        Called after each check of convergence with the newest entry of the history: a dict of the products so far, and
-        the Ritz values and residuals (by descending value) that are wanted at the ``"largest"`` and ``"smallest"`` end.
+        Called after each check of convergence with the newest entry of the history, a dict: ``"n_products"``, and under
+        ``"largest"`` and ``"smallest"`` a pair (Ritz values, residual norms) of the wanted pairs, by descending value.
     state : dict, optional
         Pass ``{}`` at first. The search is stored there, however it ends; pass the same dict again to go on, for more
         pairs, the other end, a smaller tol, or after it was stopped. It goes on by its own random stream. The basis V
-        takes memory as long as the dict lives. When a search begins anew all the same: "Resuming" in docs/design.md.
+        takes memory as long as the dict lives. "Resuming" in docs/design.md lists when a search starts over
+        nevertheless.
 
     Returns
     -------
     Answer
-        In its details: ``nullity``, where some eigenvalues are null to tol (too large where others follow without a
-        gap, since Ritz vectors hold a part of those); ``history``, a list, which counts the products of a search that
-        this call went on from, too; ``restarts``. Its bounds hold with probability 0.998 over the random start, see
-        `chance_of_missing`.
+        In its details: ``nullity``, an estimate of how many eigenvalues are null to tol, if any are (too large if no
+        gap separates them from the next); ``history``, a list, whose product counts include earlier calls on the same
+        search; ``restarts``. Its bounds hold with probability 0.998 over the random start, see `chance_of_missing`.
 
     Raises
     ------
@@ -85,7 +85,8 @@ def golub_kahan(
         Not converged in `maxiter` steps, or, with `state`, interrupted from the keyboard (then its cause is the
         `KeyboardInterrupt`, which `eigenpairs` raises in the end); it carries the Ritz vectors.
     ValueError
-        `max_basis` or `basis_memory` is too small, or `v0` or `orthogonal_to` has another shape than these.
+        `max_basis` or `basis_memory` is too small; `v0` or `orthogonal_to` has another shape than these, or the columns
+        of the latter are not orthonormal; or `state` is that of another operator.
 
     References
     ----------
@@ -107,16 +108,20 @@ def golub_kahan(
     given = np.empty((n, 0)) if orthogonal_to is None else _columns(orthogonal_to, "orthogonal_to", n)
     if callback is not None:
         checks.function("callback", callback, "callable, or None")
-    deviation = np.abs(given.T @ given - np.eye(given.shape[1])).max(initial=0.0)
-    if deviation > 1000 * np.finfo(operator.dtype).eps or given.shape[1] + top + bottom > n:
+    q = given.shape[1]
+    if q + top + bottom > n:
         raise ValueError(
-            f"orthogonal_to must have at most N - {top + bottom} = {n - top - bottom} orthonormal columns, got "
-            f"{given.shape[1]} that deviate from orthonormality by {deviation:.1g}: use numpy.linalg.qr"
+            f"{top + bottom} pairs beside {q} columns of orthogonal_to are more than N = {n}: ask for fewer"
         )
-    n -= given.shape[1]
-    capacity = _capacity(n, k, operator.dtype.itemsize, max_basis, basis_memory)
+    deviation = np.abs(given.T @ given - np.eye(q)).max(initial=0.0)
+    if deviation > 1000 * np.finfo(operator.dtype).eps:
+        raise ValueError(
+            f"orthogonal_to must have orthonormal columns, got {q} that deviate from that by {deviation:.1g}: use "
+            "numpy.linalg.qr"
+        )
+    capacity = _capacity(n - q, k, n * operator.dtype.itemsize, max_basis, basis_memory)
     J = operator.products
-    goal = Goal(top, bottom, tol, n, n - J.shape[0], float(np.finfo(operator.dtype).eps))
+    goal = Goal(top, bottom, tol, n - q, n - q - J.shape[0], float(np.finfo(operator.dtype).eps))
     search = checkpoint = None
     if state is not None:
         if state.setdefault("linearization", shared(J)) is not shared(J):
@@ -166,7 +171,9 @@ def golub_kahan(
 
 
 def _begin(search: Search, v0: NDArray | None) -> None:
-    """From v0 or from random vectors: as many as are wanted at the bottom where all of these are known to be zero."""
+    """Start from v0 and one random vector, or from random vectors: as many as eigenvalues are wanted at the bottom, if
+    so many are known to be zero, else one.
+    """
     goal, fact = search.goal, search.fact
     block = goal.k if goal.bottom and goal.zeros >= goal.k else 1
     if not fact.is_empty:  # of an earlier call
@@ -181,12 +188,12 @@ def _begin(search: Search, v0: NDArray | None) -> None:
         columns = v0 / np.abs(v0).max(axis=0)
         given = fact.tensor((columns / np.linalg.norm(columns, axis=0)).sum(axis=1))
         start = _RANDOM_PART * start / torch.linalg.vector_norm(start) + given
-        search.start = Start(None, 1, DELTA)
+        search.start = Start(None, 1, DELTA)  # v0 may hold what was found before, and hide the rest
         fact.extend(start, _RANDOM_PART / float(torch.linalg.vector_norm(start)))
 
 
 def converge(search: Search) -> RitzPairs:
-    """Expand and restart until the wanted pairs have converged, and, of a first run, others are improbable."""
+    """Expand and restart until the wanted pairs have converged and, in a first run, further ones are improbable."""
     fact, goal, log = search.fact, search.goal, search.log
     is_first, log.next_check = not search.has_found, 0
     may_grow = is_first and search.start.count < goal.k <= goal.bottom
@@ -214,7 +221,7 @@ def converge(search: Search) -> RitzPairs:
 
 
 def _may_lack(search: Search, ritz: RitzPairs) -> bool:
-    """Whether an eigenvalue more than 2 tol beyond the pairs is too probable for the search to end."""
+    """Whether an eigenvalue more than 2 tol beyond the pairs is still so probable that the search must go on."""
     goal, largest = search.goal, search.log.largest
     risk = goal.risk(len(ritz), search.start.accepted)
     search.chance = goal.chance_of_more(ritz, largest)
@@ -224,10 +231,10 @@ def _may_lack(search: Search, ritz: RitzPairs) -> bool:
 
 
 def probe(search: Search, p: int) -> bool:
-    """Look for missed eigenvalues, from p random vectors orthogonal to what was found; whether there are any.
+    """Look for missed eigenvalues, from p random vectors orthogonal to what was found; return whether any were found.
 
-    It ends when each Ritz pair that belongs among the wanted ones has converged, and others are improbable. What is
-    found joins the start of a new factorization, since it has converged beside the rest, not together with it.
+    It ends when each Ritz pair that belongs among the wanted ones has converged, and others are improbable. What it
+    finds starts a new factorization together with the earlier vectors, because the two sets converged separately.
     """
     goal, log, fact, found = search.goal, search.log, search.fact, search.found
     aim = goal.tol * log.largest
@@ -236,7 +243,8 @@ def probe(search: Search, p: int) -> bool:
     above = goal.top and high[-1] > high[0] + aim
     is_on = search.phase == "probe"
     if not (below or above) or (not is_on and goal.n <= len(search.fixed.rows)):
-        return False  # nothing that is missed could change an index
+        # a missed vector belongs to an eigenvalue already found: if these are equal, or null to tol, no index changes
+        return False
     log.next_check = 0
     if not is_on:
         log.probes += 1
@@ -247,7 +255,7 @@ def probe(search: Search, p: int) -> bool:
     while True:
         log.record(goal, found.values, found.norms, fact.scale)
         t, norms = ritz.values, ritz.norms
-        # the pairs that belong among the wanted ones, so many as there can be of them, and the next
+        # the pairs that belong among the wanted ones, at most as many as are wanted
         i = min(np.count_nonzero(t < low[-1] - aim), goal.bottom) if below else 0
         j = min(np.count_nonzero(t > high[0] + aim), goal.top) if above else 0
         joined = np.r_[:i, len(t) - j : len(t)]
@@ -264,7 +272,7 @@ def probe(search: Search, p: int) -> bool:
             fact.extend(search.draw(goal.k))
         make_room(search, ritz)
         ritz = _advance(search)
-    search.phase = "look"  # from here on more than the factorization changes
+    search.phase = "look"  # write no checkpoint until the next phase: `found` and `fixed` change now, too
     if len(joined):
         search.join(fact.vectors(ritz.coefficients[:, joined]))
         fact.reset(search.given)
@@ -297,14 +305,14 @@ def make_room(search: Search, ritz: RitzPairs) -> None:
     log.restarts += 1
     spare = (fact.capacity - goal.k) // 3
     low, high = (goal.bottom + spare, goal.top + 3) if goal.bottom else (0, goal.top + spare)
-    # what is below zero is rounding
+    # negative Ritz values are rounding, and T + shift must be positive definite
     shift = max(max(goal.tol / 10, 10 * goal.eps) * log.largest, -2 * ritz.values[0])
     fact.restart(low, high, shift)
     log.next_check = 0
 
 
 def _outweigh_rounding(search: Search) -> None:
-    """Another random vector: where an eigenvector hides in the rounding from some, it has to hide from all."""
+    """Add a random start vector: rounding may hide an eigenvector from some start vectors, but hardly from all."""
     search.log.fresh += 1
     if search.log.fresh > _FRESH:
         raise Stop("rounding of the products hides what eigenvalues may lie 2 tol beyond those found", by_rounding=True)
@@ -326,15 +334,16 @@ def _columns(array: Any, name: str, n: int) -> NDArray[np.float64]:
     return columns.astype(np.float64)
 
 
-def _capacity(n: int, k: int, itemsize: int, max_basis: int | None, basis_memory: int) -> int:
+def _capacity(n: int, k: int, row_bytes: int, max_basis: int | None, basis_memory: int) -> int:
+    """How many vectors of so many bytes V may have, in n dimensions."""
     least = min(n, 6 * k + 20)
-    what = f"an integer from 6 k + 20, or N, here {least}"
+    what = f"an integer of at least min(N, 6 k + 20) = {least}"
     max_basis = checks.integer("max_basis", max_basis, least, what=what, optional=True)
     basis_memory = checks.memory("basis_memory", basis_memory)
-    affordable = min(1500, int(basis_memory // (n * itemsize))) if max_basis is None else max_basis
+    affordable = min(1500, int(basis_memory // row_bytes)) if max_basis is None else max_basis
     if affordable < least:
         raise ValueError(
-            f"basis_memory={basis_memory} holds {affordable} vectors of {n} elements, of at least {least} that k={k} "
-            f"needs: pass basis_memory={least * n * itemsize}"
+            f"basis_memory={basis_memory} holds {affordable} vectors of {row_bytes} bytes, but k={k} needs {least}: "
+            f"pass basis_memory={least * row_bytes}"
         )
     return min(n, affordable)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fisherop.model.engines.tape
 from fisherop import linearize
-from fisherop.model.compat import attempt
+from fisherop.model.compat import clean_failure
 from fisherop.model.engines import Traced
 from fisherop.model.engines.nodes import NotLinear
 from fisherop.model.engines.plain import forward_mode, with_graph
@@ -143,7 +143,7 @@ def dense(respond: Response, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The response and J by reverse mode; None where PyTorch can't, or forward mode gives another."""
     v = torch.randn(x.shape, generator=generator(0), dtype=x.dtype)
     try:
-        with attempt():
+        with clean_failure():
             y, start = with_graph(respond, x)
             rows = [torch.autograd.grad(y, start, e, retain_graph=True)[0] for e in torch.eye(len(y), dtype=x.dtype)]
             with torch.no_grad():
@@ -168,7 +168,7 @@ def check_program(seed: int) -> str:
         return "invalid"
     with torch.no_grad():
         try:
-            with attempt():
+            with clean_failure():
                 engine = Traced(respond, images[0], truth[0][0])
         except NotLinear:
             return "refused"
