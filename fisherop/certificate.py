@@ -302,7 +302,7 @@ def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> 
             w = w - basis[:, :count] @ (basis[:, :count].T @ w)
         return w
 
-    n = operator.shape[0]
+    jacobian, n = operator.jacobian, operator.shape[0]
     eps = np.finfo(np.float64).eps
     basis = np.empty((n, steps), operator.dtype)
     diagonal: list[float] = []
@@ -310,7 +310,7 @@ def ritz_extremes(operator: Any, found: NDArray, steps: int, start: NDArray) -> 
     w = orthogonalize(start, 0)
     for j in range(steps):
         basis[:, j] = w / np.linalg.norm(w)
-        image = (operator @ basis[:, j]).astype(np.float64)
+        image = jacobian.rmatvec(jacobian.matvec(basis[:, j])).astype(np.float64)
         diagonal.append(float(basis[:, j] @ image))
         w = orthogonalize(image, j + 1)
         length = np.linalg.norm(w)
@@ -329,9 +329,7 @@ def judging(operator: Any, against: Any) -> Any:
     """The Fisher operator that judges in the place of another."""
     if isinstance(against, torch.dtype):
         if not hasattr(operator, "linearization"):
-            checks.refuse(
-                TypeError, "against", "a FisherOperator, since this operator has no model to convert", against
-            )
+            checks.refuse(TypeError, "against", "a FisherOperator, since this one is of no model", against)
         checks.moved("against", operator.linearization.image, against)
         return operator.to(against)
     judge = getattr(against, "fisher", against)

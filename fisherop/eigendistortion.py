@@ -125,10 +125,11 @@ class Eigendistortion(BuiltAnew):
         tol, maxiter, rng, progress, on_failure
             As in `eigenpairs`.
         checkpoint : str or path-like, optional
-            A file for the search, for a process that may be killed. The next call with the same image, model and
-            arguments, in another process, too, goes on from it, with the random stream that it holds. It takes as much
-            as the basis, and is removed when the search is over; an interrupt, or too few iterations, leaves it. For
-            ``"golub_kahan"`` alone, which ``"auto"`` then takes, without `v0` and `orthogonal_to`.
+            A file for the search, for a process that may be killed. The next call with the same image, model, k, which,
+            tol and max_basis, in another process, too, goes on from it, with the random stream that it holds, whatever
+            rng. It takes as much as the basis, and is removed when the search is over; an interrupt, or too few
+            iterations, leaves it. For ``"golub_kahan"`` alone, which ``"auto"`` then takes, without `v0` and
+            `orthogonal_to`.
         checkpoint_seconds : float
             From one write to the next; longer where writes would take more than 5 % of the time.
         **options
@@ -165,7 +166,7 @@ class Eigendistortion(BuiltAnew):
             k = self.operator.shape[0] if name == "exact" else 1
         if which is None:
             which = "largest" if name == "randomized_svd" else "both"
-        self._state |= {"linearization": self.operator.linearization, "result": self.result}
+        self._state |= {"products": self.operator.products, "result": self.result}
         asked = {"k": k, "which": which, "tol": tolerance}
         try:
             with keeping(self._state, checkpoint, checkpoint_seconds, method, asked, options) as method:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from fisherop import checks
 
 # Of |log₂ ‖J‖|, by dtype. Below the first, ‖J‖⁴, which arises in the norm of F v, is well within the dtype's range.
 # Below the second, J v is within it for N up to 2²⁴, and the eigenvalues ‖J v‖² are within that of float64.
@@ -29,6 +27,7 @@ class Jacobian(Protocol):
     dtype : torch.dtype
         float32 or float64.
     device : torch.device
+        Where all rows are.
     mismatch : float
         How far products with J and with Jᵀ are from those of one matrix, relative to them, beyond rounding.
     chunk_size : int
@@ -50,7 +49,7 @@ class Jacobian(Protocol):
         ...
 
     def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """R and JᵀJ times each row: ``(k, N) -> (k, k), (k, N)``, where J rowsᵀ = Q R.
+        """R and JᵀJ times each row: ``(k, N) -> (min(k, M), k), (k, N)``, where J rowsᵀ = Q R.
 
         A Krylov method for F needs no more: RᵀR is the Gram matrix of J times the rows, and R has the singular values
         of J on their span. So a J of many parts never holds all responses at once. R is float64.
@@ -59,7 +58,11 @@ class Jacobian(Protocol):
         return triangle(images), self.vjp(images)
 
     def check_current(self) -> None:
-        """Raise RuntimeError where these are no longer the products that they were."""
+        """Raise RuntimeError if these are no longer the products that they were."""
+
+    def is_same(self, other: Jacobian) -> bool:
+        """Whether the other, which isn't a `Counted` one, multiplies by the same matrix."""
+        return self is other
 
 
 def triangle(rows: Tensor) -> Tensor:
@@ -108,25 +111,28 @@ class OfModel(Jacobian):
     def check_current(self) -> None:
         self.linearization.check_current()
 
+    def is_same(self, other: Jacobian) -> bool:
+        return isinstance(other, OfModel) and self.linearization is other.linearization
+
 
 class Images:
     """A linearization whose products are an operator's own: counted apart, or times a power of two."""
 
     def __init__(self, products: Jacobian, linearization: Any) -> None:
-        self._products, self._linearization = products, linearization
+        self.products, self._linearization = products, linearization
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """As `Linearization.jvp`."""
-        return self._products.jvp(tangents.reshape(len(tangents), -1))
+        return self.products.jvp(tangents.reshape(len(tangents), -1))
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """As `Linearization.vjp`."""
-        return self._products.vjp(cotangents).reshape(-1, *self.image_shape)
+        return self.products.vjp(cotangents).reshape(-1, *self.image_shape)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._products if hasattr(self._products, name) else self._linearization, name)
+        return getattr(self.products if hasattr(self.products, name) else self._linearization, name)
 
 
 class Counted(_Of):
@@ -202,9 +208,6 @@ class Scaled(_Of):
         return multiply(rows * 2.0**before).mul_(2.0 ** (self.exponent - before))
 
 
-Products = OfModel | Counted | Scaled  # what an operator multiplies by: Jacobians that count
-
-
 class Transposed(_Of):
     """Jᵀ, of shape (N, M)."""
 
@@ -217,112 +220,21 @@ class Transposed(_Of):
     def vjp(self, rows: Tensor) -> Tensor:
         return self.J.jvp(rows)
 
-
-class Whitened(_Of):
-    """W J, W (M', M) a matrix on the side of the response: Σ^(-1/2), so that F is that of noise of covariance Σ.
-
-    Parameters
-    ----------
-    J : Jacobian
-    root : Tensor, shape (M', M) or (M,)
-        W, or its diagonal.
-    """
-
-    def __init__(self, J: Jacobian, root: Tensor) -> None:
-        self.root = _fitting("root", root, J, J.shape[0], (J.shape[0],), ("M'", J.shape[0]))
-        super().__init__(J, n_responses=len(self.root))
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        images = self.J.jvp(rows)
-        return images * self.root if self.root.ndim == 1 else images @ self.root.T
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        return self.J.vjp(rows * self.root if self.root.ndim == 1 else rows @ self.root)
+    def is_same(self, other: Jacobian) -> bool:
+        return isinstance(other, Transposed) and is_same(self.J, other.J)
 
 
-class Restricted(_Of):
-    """J B, B (N, p) on the side of the image: orthonormal columns that span a subspace, or the root of a metric.
-
-    Parameters
-    ----------
-    J : Jacobian
-    space : Tensor, shape (N, p) or (N,)
-        B, or its diagonal.
-    """
-
-    def __init__(self, J: Jacobian, space: Tensor) -> None:
-        self.space = _fitting("space", space, J, J.shape[1], (J.shape[1],), (J.shape[1], "p"))
-        super().__init__(J, n_pixels=self.space.shape[-1])
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        return self.J.jvp(rows * self.space if self.space.ndim == 1 else rows @ self.space.T)
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        rows = self.J.vjp(rows)
-        return rows * self.space if self.space.ndim == 1 else rows @ self.space
+def uncounted(J: Any) -> Any:
+    """What a `Counted` Jacobian counts the products of."""
+    return uncounted(J.J) if isinstance(J, Counted) else J
 
 
-def _fitting(name: str, array: Tensor, J: Jacobian, n: int, *shapes: tuple[int | str, ...]) -> Tensor:
-    like = torch.empty(0, dtype=J.dtype, device=J.device)
-    given = checks.instance(name, array, Tensor, f"a tensor, of which one dimension has {n} elements")
-    return checks.tensor(name, given, shapes[0] if given.ndim == 1 else shapes[1], like)
+def is_same(J: Any, other: Any) -> bool:
+    """Whether two Jacobians multiply by the same matrix, so that a search with one can go on with the other."""
+    return uncounted(J).is_same(uncounted(other))
 
 
-class Stacked(_Of):
-    """[√w₁ J₁; √w₂ J₂; …]: F is the weighted sum of the parts' Fisher matrices.
-
-    A product with F takes one part after the other, and nothing that is as long as all responses together: `normal`
-    has R by the triangles of the parts, and JᵀJ v by sums.
-
-    Parameters
-    ----------
-    parts : sequence of (float, Jacobian)
-        Weights from 0, and Jacobians of the same N, dtype and device.
-    """
-
-    def __init__(self, parts: Sequence[tuple[float, Jacobian]]) -> None:
-        self.parts = tuple(
-            (checks.number("a weight", weight, "a number from 0", lambda w: w >= 0), J) for weight, J in parts
-        )
-        if not self.parts:
-            checks.refuse(ValueError, "parts", "at least one (weight, Jacobian)", list(parts))
-        first = self.parts[0][1]
-        for _, J in self.parts:
-            if (J.shape[1], J.dtype, J.device) != (first.shape[1], first.dtype, first.device):
-                raise ValueError(
-                    f"parts must share N, dtype and device: got {J.shape[1]}, {J.dtype}, {J.device} beside "
-                    f"{first.shape[1]}, {first.dtype}, {first.device}"
-                )
-        super().__init__(first, n_responses=sum(J.shape[0] for _, J in self.parts))
-        self.mismatch = max(J.mismatch for _, J in self.parts)
-
-    def jvp(self, rows: Tensor) -> Tensor:
-        return torch.cat([weight**0.5 * J.jvp(rows) for weight, J in self.parts], dim=1)
-
-    def vjp(self, rows: Tensor) -> Tensor:
-        products = rows.new_zeros(len(rows), self.shape[1])
-        for piece, (weight, J) in zip(rows.split([J.shape[0] for _, J in self.parts], dim=1), self.parts, strict=True):
-            products += weight**0.5 * J.vjp(piece.contiguous())
-        return products
-
-    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        triangles, products = [], torch.zeros_like(rows)
-        for weight, J in self.parts:
-            r, product = J.normal(rows)
-            triangles.append(weight**0.5 * r)
-            products += weight * product
-        return triangle(torch.cat(triangles).T), products
-
-    def check_current(self) -> None:
-        for _, J in self.parts:
-            J.check_current()
-
-
-def shared(J: Jacobian) -> Any:
-    """What several `Counted` may share: a linearization, or another Jacobian."""
-    while isinstance(J, Counted):
-        J = J.J
-    return J.linearization if isinstance(J, OfModel) else J
+Products = OfModel | Counted | Scaled  # what an operator multiplies by: Jacobians that count
 
 
 def comfortable_exponent(size: float, dtype: str) -> int:
@@ -334,11 +246,13 @@ def comfortable_exponent(size: float, dtype: str) -> int:
 def check_size(size: float, dtype: str) -> None:
     """Refuse a J of which products are lost, ‖J v‖ being `size` for a unit vector v; it may be zero."""
     most = 2.0 ** POSSIBLE[dtype]
+    if math.isnan(size):
+        raise OverflowError("products with J hold NaN")
     if size == 0 or 1 / most <= size <= most:
         return
     error, what = (FloatingPointError, "small") if size < 1 else (OverflowError, "large")
     raise error(
-        f"the model's Jacobian J is too {what} for {dtype}: ‖J v‖ is about {size:.1e} for a unit vector v, and must "
-        f"lie between {1 / most:.0e} and {most:.0e}: scale the model's response, as by lambda x: model(x) * "
+        f"the Jacobian J is too {what} for {dtype}: ‖J v‖ is about {size:.1e} for a unit vector v, and must lie "
+        f"between {1 / most:.0e} and {most:.0e}: scale the matrix, or the model's response, as by lambda x: model(x) * "
         f"{1 / min(size, most**2):.0e}"
     )

@@ -8,34 +8,27 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
-from fisherop.from_operator import FromOperator
-from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Products, Scaled
+from fisherop.by_rows import ByRows
+from fisherop.from_operator import as_jacobian
+from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled
 from fisherop.model.linearize import Linearization, linearize
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _DENSE_BYTES = 2**31
-_BATCHES = tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18)  # SciPy multiplies stacks of vectors, matrices
-_Product = Callable[[Tensor], Tensor]
 
 
-class _Operator(LinearOperator):
-    """What both operators share: `products`, a Jacobian, the boundary to NumPy, the checks of what comes in."""
+class _Operator(ByRows):
+    """What both operators share: how they are made, and what of the model they tell."""
 
-    products: Products
-    dtype: np.dtype
     _shape_for: Any  # of the operator, by its products
-    _forward: Any  # rows (k, N) to rows, as the operator multiplies
-    _reverse: Any  # as its adjoint does
 
     def __init__(
         self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
@@ -57,21 +50,18 @@ class _Operator(LinearOperator):
         ----------
         A : of shape (M, N)
             A SciPy ``LinearOperator`` with an adjoint, a sparse or dense matrix of real numbers, a PyLops operator, a
-            dense tensor, a `Linearization`, or another `fisherop.jacobian.Jacobian`. Products are float32 where `A`
-            is, else float64.
+            dense tensor, a `Linearization`, another `fisherop.jacobian.Jacobian`, or an operator of this library, which
+            stands for its J, also if it is a `FisherOperator`. Products are float32 if `A` is, else float64. An
+            operator is given copies of vectors, and its adjoint is compared with its products for random ones.
 
         Raises
         ------
         TypeError
-            It is none of these, or complex.
+            It is none of these, complex, or lacks an adjoint.
         ValueError
-            It has no element, or more than two dimensions.
+            It has no element, not two dimensions, NaN or infinity, or an adjoint that is not its own.
         """
-        if isinstance(A, _Operator):
-            return cls._from(A.products)
-        if isinstance(A, Linearization):
-            return cls._from(OfModel(A))
-        return cls._from(A if Jacobian in type(A).__mro__ else FromOperator(A))
+        return cls._from(as_jacobian(A))
 
     @classmethod
     def _from(cls, products: Jacobian) -> Self:
@@ -80,7 +70,9 @@ class _Operator(LinearOperator):
         return operator
 
     def _bind(self, products: Jacobian) -> None:
-        self.products = products if isinstance(products, Products) else Counted(products)
+        if 0 in products.shape:
+            checks.refuse(ValueError, "A", "a matrix with at least one element", products)
+        self.products: Any = products if hasattr(products, "n_products") else Counted(products)
         dtype = np.dtype(str(products.dtype).removeprefix("torch."))
         super().__init__(dtype, self._shape_for(products))  # pyright: ignore[reportCallIssue]
         self.args = ()  # as of SciPy's own operators that are not composed of others
@@ -126,8 +118,10 @@ class _Operator(LinearOperator):
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`.
+            As by `torch.Tensor.to`, `copy.deepcopy` and `linearize`; TypeError for an operator of a matrix.
         """
+        if not hasattr(self, "linearization"):
+            raise TypeError(f"{self!r} is of no model: convert the matrix, as by A.astype(...), and use of()")
         lin = self.linearization
         lin.check_current()
         image, model = checks.moved("what to() is given", lin.image, *args, **kwargs), lin.model
@@ -153,11 +147,14 @@ class _Operator(LinearOperator):
         """
         scale = checks.number("scale", scale, "a finite number other than 0", bool)
 
-        def promoted(multiply: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArray]:
-            return lambda x: multiply(x).astype(np.float64) / scale
+        def promoted(name: str) -> Callable[[NDArray], NDArray]:
+            return lambda x: self._promoted(name, x).astype(np.float64) / scale
 
-        products = {name: promoted(getattr(self, name)) for name in ("matvec", "rmatvec", "matmat", "rmatmat")}
+        products = {name: promoted(name) for name in ("matvec", "rmatvec", "matmat", "rmatmat")}
         return LinearOperator(self.shape, dtype=np.float64, **products)  # pyright: ignore[reportCallIssue]
+
+    def _promoted(self, name: str, x: NDArray) -> NDArray:
+        return getattr(self, name)(x)
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
         """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
@@ -168,83 +165,6 @@ class _Operator(LinearOperator):
     def to_columns(block: Tensor) -> NDArray[np.floating]:
         """A block of tensors ``(k, ...)`` as columns ``(N, k)``."""
         return block.reshape(len(block), math.prod(block.shape[1:])).cpu().numpy().T
-
-    def _to_torch(self, array: NDArray) -> Tensor:
-        # Always a copy: torch refuses read-only memory and negative strides, even unused ones as of v[:, ::-1] at k = 1
-        return torch.from_numpy(np.array(array, self.dtype, order="C")).to(self.products.device)
-
-    # The public methods only say better what is wrong; which shapes mean what is SciPy's to decide. It calls `_matvec`
-    # with (N,) or (N, 1), from 1.18 on with rows (..., N), and `_matmat` with (N, k), from 1.18 on with (..., N, k).
-
-    def matvec(self, x: ArrayLike) -> NDArray:
-        return super().matvec(self._checked("matvec", x, self.shape[1]))
-
-    def matmat(self, X: ArrayLike) -> NDArray:
-        return super().matmat(self._checked("matmat", X, self.shape[1]))
-
-    def rmatvec(self, x: ArrayLike) -> NDArray:
-        return super().rmatvec(self._checked("rmatvec", x, self.shape[0]))
-
-    def rmatmat(self, X: ArrayLike) -> NDArray:
-        return super().rmatmat(self._checked("rmatmat", X, self.shape[0]))
-
-    def _matvec(self, x: NDArray) -> NDArray:
-        return self._times_vectors(self._forward, x, (self.shape[1], self.shape[0]))
-
-    def _rmatvec(self, x: NDArray) -> NDArray:
-        return self._times_vectors(self._reverse, x, self.shape)
-
-    def _matmat(self, X: NDArray) -> NDArray:
-        return self._times_columns(self._forward, X, (self.shape[1], self.shape[0]))
-
-    def _rmatmat(self, X: NDArray) -> NDArray:
-        return self._times_columns(self._reverse, X, self.shape)
-
-    def _checked(self, method: str, x: Any, n: int) -> NDArray:
-        """`x` as an array, whose shape the `method` of the SciPy in use takes."""
-        x = x if issparse(x) else np.asanyarray(x)
-        if x.dtype.kind not in "biufc":
-            raise TypeError(f"{self!r} multiplies numbers, got an array of dtype {x.dtype}")
-        if method.endswith("matvec"):
-            fits = x.shape in ((n,), (n, 1)) or (_BATCHES and x.shape[-1:] == (n,))
-            wanted = f"(..., {n})" if _BATCHES else f"({n},) or ({n}, 1)"
-            wanted += f", and {method.replace('vec', 'mat')} columns ({n}, k)"
-            if issparse(x):
-                raise TypeError(_sparse_message(self))
-        else:
-            fits = (x.ndim == 2 or (_BATCHES and x.ndim > 2)) and x.shape[-2] == n
-            wanted = f"(..., {n}, k)" if _BATCHES else f"({n}, k)"
-        if not fits:
-            raise ValueError(f"{method} of {self!r} takes arrays of shape {wanted}; got {x.shape}")
-        return x
-
-    def _times_vectors(self, multiply: _Product, x: NDArray, sizes: tuple[int, int]) -> NDArray:
-        x = np.asarray(x)
-        return self._times_rows(multiply, x[:, 0] if x.shape == (sizes[0], 1) else x, sizes)
-
-    def _times_columns(self, multiply: _Product, X: NDArray, sizes: tuple[int, int]) -> NDArray:
-        if issparse(X):
-            raise TypeError(_sparse_message(self))
-        return self._times_rows(multiply, np.asarray(X).swapaxes(-1, -2), sizes).swapaxes(-1, -2)
-
-    def _times_rows(self, multiply: _Product, rows: NDArray, sizes: tuple[int, int]) -> NDArray:
-        """Rows ``(..., n)``, each by a product that takes ``(k, n)`` to ``(k, m)``, as ``(..., m)``; sizes are n, m."""
-        if np.iscomplexobj(rows):
-            re, im = (self._times_rows(multiply, part, sizes) for part in (np.real(rows), np.imag(rows)))
-            return re + 1j * im
-        (n, m), batch = sizes, rows.shape[:-1]
-        with np.errstate(over="ignore"):
-            block = self._to_torch(rows.reshape(math.prod(batch), n))
-        if not checks.is_finite(block):
-            if np.isfinite(rows).all():
-                raise OverflowError(f"{self!r} was given a vector that exceeds what {self.dtype} can hold: scale it")
-            raise ValueError(f"{self!r} was given a vector that holds NaN or infinity")
-        return self._within_range(multiply(block)).cpu().numpy().reshape(*batch, m)
-
-    def _within_range(self, product: Tensor) -> Tensor:
-        if not checks.is_finite(product):
-            raise OverflowError(f"a product with {self!r} exceeds what {self.dtype} can hold: rescale the model")
-        return product
 
 
 class JacobianOperator(_Operator):
@@ -346,6 +266,10 @@ class FisherOperator(_Operator):
 
     _reverse = _forward
 
+    def _promoted(self, name: str, x: NDArray) -> NDArray:
+        vec = name[-3:]  # by J, where a product with F may vanish beside larger ones
+        return getattr(self.jacobian, f"rmat{vec}")(getattr(self.jacobian, f"mat{vec}")(x))
+
     def _adjoint(self) -> FisherOperator:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self
 
@@ -367,13 +291,8 @@ class FisherOperator(_Operator):
         with np.errstate(over="ignore", invalid="ignore"):
             dense = jacobian.T @ jacobian
         if not np.isfinite(dense).all():
-            raise OverflowError(f"{self!r} exceeds what {self.dtype} can hold: rescale the model")
+            raise OverflowError(f"{self!r} exceeds what {self.dtype} can hold: scale its J")
         return dense
-
-
-def _sparse_message(operator: _Operator) -> str:
-    instead = "scipy.sparse.linalg.aslinearoperator(x) for a product that is an operator"
-    return f"{operator!r} multiplies dense arrays, got a sparse one: use x.toarray(), or {instead}"
 
 
 def _check_dense_size(operator: _Operator, max_bytes: int) -> None:

@@ -234,7 +234,8 @@ def _draw_spectrum(ax: Axes, result: EigenResult, x: NDArray, colour: str, prefi
         chosen = result.status == status
         if chosen.any():
             y, residual = heights[chosen], result.residual_norms[chosen]
-            bars = np.vstack([np.minimum(residual, y - floor), residual])
+            down = np.minimum(residual, y - floor) * (status != Status.NULL)  # which is anywhere below, down to zero
+            bars = np.vstack([down, residual])
             label = f"{prefix}{status}"
             ax.errorbar(x[chosen], y, bars, fmt=marker, color=colour, capsize=3, label=label, ms=5)
     for place in x[below]:

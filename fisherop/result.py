@@ -83,7 +83,7 @@ class Evidence:
             "complete": "all N pairs are here",
             "none": "not examined",
             "refuted": "refuted for the pairs marked: a direction beyond them exists",
-            "zero": "J is zero at this image, so that every vector is both extremes",
+            "zero": "J is zero, so that every vector is both extremes",
             "stated": self.text,
         }[self.source]
         return words + (f", in {self.dtype}" if self.dtype else "")
@@ -110,8 +110,9 @@ class Answer:
     ----------
     largest, smallest : ndarray, shapes (N, k₁) and (N, k₂)
         Orthonormal columns by descending eigenvalue: those of the largest eigenvalues, and those of the smallest.
-    evidence : Evidence, optional
-        Why these are the extreme ones; where a solver has none, the certificate looks beyond them.
+    evidence : fisherop.result.Evidence, optional
+        Why these are the extreme ones, by `golub_kahan` or `exact`. Of other solvers, yours too, it is not taken: the
+        certificate looks beyond what they found.
     bounds : (float, float)
         All eigenvalues of F lie within, by the solver's own theory: a lower bound of λ_min, an upper one of λ_max.
     details : mapping

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.advice import explain
 from fisherop.certificate import PROBE_STEPS, certify, judging
-from fisherop.jacobian import shared
+from fisherop.jacobian import is_same
 from fisherop.operators import FisherOperator, JacobianOperator, scaled
 from fisherop.progress import progress_bar
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped
@@ -70,17 +70,17 @@ def eigenpairs(
     on_failure : {"raise", "warn"}
         What happens when a pair did not converge.
     state : dict, optional
-        For ``"golub_kahan"``. Pass ``{}`` at first. The search is stored there; pass the same dict again, with the same
-        operator, to go on. If the stored result already answers the request, it is returned, unless there are options.
-        After Ctrl-C ``state["result"]`` holds what was found, certified.
+        For ``"golub_kahan"``; other methods leave it as it is. Pass ``{}`` at first. The search is stored there; pass
+        the same dict again, with the same operator, to go on. If the stored result already answers the request, it is
+        returned, unless there are options. After Ctrl-C ``state["result"]`` holds what was found, certified.
     against : torch.dtype or FisherOperator, optional
         Whose products judge what was found, as in `certify`: with ``torch.float64``, those of a copy of the model in
         that precision, one linearization and as many products as there are pairs.
     **options
-        The solver's own, described in its docstring, as in ``help(fisherop.solvers.golub_kahan.golub_kahan)``:
-        ``"golub_kahan"`` takes max_basis, basis_memory, v0, orthogonal_to and callback; ``"exact"`` max_bytes;
-        ``"eigsh"`` and ``"svds"`` ncv; ``"lobpcg"`` preconditioner; ``"primme"`` ncv and preconditioner;
-        ``"randomized_svd"`` p and q.
+        The solver's own, described in its docstring, as in ``help(fisherop.solvers.golub_kahan.golub_kahan)``; where
+        there are any, ``"auto"`` is ``"golub_kahan"``. That takes max_basis, basis_memory, v0, orthogonal_to and
+        callback; ``"exact"`` max_bytes; ``"eigsh"`` and ``"svds"`` ncv; ``"lobpcg"`` preconditioner; ``"primme"`` ncv
+        and preconditioner; ``"randomized_svd"`` p and q.
 
     Returns
     -------
@@ -217,9 +217,9 @@ def _recall(
     """What is asked for, where an earlier result of the operator has it all, to this tol or a smaller one, or None."""
     operator.products.check_current()
     result, n = state.get("result"), operator.shape[0]
-    if result is None or state.get("linearization") is not shared(operator.products):
+    if result is None or not is_same(operator.products, state.get("products")):
         return None
-    if result.method != name or "stopped" in result.details:  # the index may not have been looked into
+    if result.method != name or {"stopped", "against"} & set(result.details):  # not looked into, or judged by others
         return None
     index = _indices(k, which, n)
     here = np.isin(result.eigenindex, index)
@@ -270,7 +270,8 @@ def _certify_anew(
 def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
-    return checks.instance("operator", operator, FisherOperator, "a FisherOperator or a JacobianOperator")
+    what = "a FisherOperator or a JacobianOperator"
+    return checks.instance("operator", operator, FisherOperator, what, "make one of a matrix by FisherOperator.of")
 
 
 def _check_state(state: Any) -> None:
@@ -307,7 +308,8 @@ def _choose(
     allowed = SOLVERS[method].options
     for option in options:
         if option not in allowed:
-            cure = "; a seed is given as rng" if option == "seed" else ""
+            cures = {"seed": "; a seed is given as rng", "checkpoint": "; Eigendistortion.synthesize has checkpoints"}
+            cure = cures.get(option, "")
             raise TypeError(
                 f"method {method!r} has no option {option!r}; its options: {', '.join(sorted(allowed)) or 'none'}{cure}"
             )
@@ -355,7 +357,8 @@ def _checked(answer: Any, k: int, which: str, n: int, name: str) -> Answer:
     details = checks.instance(f"the details in {what}", answer[2], Mapping, "a mapping") if len(answer) == 3 else {}
     details = dict(details)
     bounds = details.pop("lambda_min_lower", 0.0), details.pop("lambda_max_upper", np.inf)
-    vectors = checks.array(f"the vectors in {what}", answer[1], (n, len(index)))
+    what += f", asked for k={k} and which={which!r}"
+    vectors = checks.array(f"the vectors in {what},", answer[1], (n, len(index)))
     return Answer(vectors[:, :top], vectors[:, top:], bounds=bounds, details=details)
 
 

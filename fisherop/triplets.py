@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fisherop import checks
+from fisherop.from_operator import as_jacobian
 from fisherop.jacobian import Transposed
-from fisherop.operators import JacobianOperator
+from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import EigenResult
 from fisherop.solve import eigenpairs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SingularTriplets:
-    """Certified singular triplets (u, σ, v) of A (M × N): A v = σ u and Aᵀu = σ v.
+    """Certified singular triplets (u, σ, v) of A (M × N): A v = σ u and Aᵀu = σ v. It unpacks as ``u, s, vh``.
+
+    Where `status` is "null to tol", σ may be much smaller in truth, and of the pair the vector with the large residual
+    is no singular vector: u, or, if M < N, v.
 
     Attributes
     ----------
@@ -33,7 +40,7 @@ class SingularTriplets:
     n_products : float
         Products spent; one is one with A and one with Aᵀ.
     eigen : EigenResult
-        The certificate: of AᵀA and the columns v, or, where M < N, of AAᵀ and the columns u.
+        The certificate: of AᵀA and the columns v, or, if M < N, of AAᵀ and the columns u.
     """
 
     u: NDArray[np.floating]
@@ -45,6 +52,18 @@ class SingularTriplets:
     n_products: float
     eigen: EigenResult
 
+    def __post_init__(self) -> None:
+        for array in (self.u, self.s, self.vh, self.index, self.left_residuals, self.right_residuals):
+            array.flags.writeable = False
+
+    def __iter__(self) -> Iterator[NDArray[np.floating]]:
+        return iter((self.u, self.s, self.vh))
+
+    @property
+    def status(self) -> NDArray[np.object_]:
+        """What is known of each, shape (K,): the `Status` of its eigenpair."""
+        return self.eigen.status
+
     def __repr__(self) -> str:
         return str(self)
 
@@ -54,29 +73,36 @@ class SingularTriplets:
         lines = [
             f"{len(self.s)} singular triplets of A ({m} × {n}), of {of}, {self.n_products:g} products",
             "",
-            f"{'index':>9}  {'σ':>12}  {'‖A v − σ u‖ / σ_max':>20}  {'‖Aᵀu − σ v‖ / σ_max':>20}",
+            f"{'index':>9}  {'σ':>12}  {'‖A v − σ u‖ / σ_max':>20}  {'‖Aᵀu − σ v‖ / σ_max':>20}  status",
         ]
-        for row in zip(self.index, self.s, self.left_residuals / scale, self.right_residuals / scale, strict=True):
-            lines.append("{:>9}  {:>12.5e}  {:>20.1e}  {:>20.1e}".format(*row))
-        return "\n".join([*lines, "", f"by eigenpairs, where λ = σ²: {self.eigen}"])
+        residuals = self.left_residuals / scale, self.right_residuals / scale
+        for row in zip(self.index, self.s, *residuals, self.status, strict=True):
+            lines.append("{:>9}  {:>12.5e}  {:>20.1e}  {:>20.1e}  {}".format(*row))
+        by = (
+            "by eigenpairs of AᵀA, where λ = σ² and J is A"
+            if m >= n
+            else "by eigenpairs of AAᵀ, where λ = σ² and J is Aᵀ"
+        )
+        return "\n".join([*lines, "", f"{by}: {self.eigen}"])
 
 
 def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -> SingularTriplets:
     """The k largest and the k smallest singular triplets of a matrix, certified.
 
-    They are the eigenpairs of AᵀA and the columns of Q in A V = Q R, by one more product each; where M < N, the
-    eigenpairs of AAᵀ and Q in AᵀU = Q R. So both sides are orthonormal, and u is A v / σ where σ is more than rounding.
-    If A v is rounding alone, u is an arbitrary direction orthogonal to the others, and not a left singular vector, as
-    its residual ‖Aᵀu − σ v‖ shows; the null space of Aᵀ holds one.
+    They are the eigenpairs of AᵀA and the columns of Q in A V = Q R, by one more product each; if M < N, the
+    eigenpairs of AAᵀ and Q in AᵀU = Q R. So both sides are orthonormal. Where a pair is null to tol, σ = ‖A v‖ is only
+    known to be at most √tol · σ_max, and the vector of the other side is an arbitrary one, as its residual shows.
 
     Parameters
     ----------
     A : of shape (M, N)
         A SciPy ``LinearOperator`` with an adjoint, a sparse or dense matrix, a PyLops operator, a dense tensor, a
-        `Linearization` or an operator of this library: see `JacobianOperator.of`.
+        `Linearization` or a `JacobianOperator`: see `JacobianOperator.of`.
     k, which, **options
         As in `eigenpairs`, for λ = σ². Its `tol` is relative to σ_max²: singular values below √tol · σ_max are null to
-        tol, so that ``tol=1e-12`` tells those above 1e-6 σ_max.
+        tol, so that the default of 1e-6 tells those above 1e-3 σ_max, and ``tol=1e-12`` those above 1e-6 σ_max. An
+        eigenpair's σ is right to within tol σ_max² / σ. `v0` and `orthogonal_to` are vectors of the shorter side: v
+        if M ≥ N, else u. A search goes on with `state` if `A` is the same object as before.
 
     Returns
     -------
@@ -96,9 +122,15 @@ def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -
     G. H. Golub and W. Kahan, Calculating the singular values and pseudo-inverse of a matrix, SIAM J. Numer. Anal. 2
     (1965).
     """
+    if isinstance(A, FisherOperator):
+        checks.refuse(TypeError, "A", "a matrix, or the operator of J", A, "its eigenpairs are found by eigenpairs()")
     jacobian = JacobianOperator.of(A)
     m, n = jacobian.shape
-    narrow = jacobian if m >= n else JacobianOperator.of(Transposed(jacobian.products))
+    narrow = jacobian
+    if m < n:
+        narrow, against = JacobianOperator.of(Transposed(jacobian.products)), options.get("against")
+        if against is not None and not isinstance(against, torch.dtype):
+            options["against"] = JacobianOperator.of(Transposed(as_jacobian(against)))
     eigen = eigenpairs(narrow, k, which, **options)
     v = eigen.eigenvectors.astype(np.float64)
     images = narrow.matmat(eigen.eigenvectors).astype(np.float64)
@@ -111,9 +143,9 @@ def singular_triplets(A: Any, k: int = 1, which: str = "both", **options: Any) -
         u, v, left, right = v, u, right, left
     return SingularTriplets(
         u=u.astype(narrow.dtype),
-        s=s,
+        s=s.copy(),
         vh=v.T.astype(narrow.dtype),
-        index=eigen.eigenindex,
+        index=eigen.eigenindex.copy(),
         left_residuals=left,
         right_residuals=right,
         n_products=eigen.n_products + len(s),

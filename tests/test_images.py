@@ -50,7 +50,9 @@ def test_other_kinds_of_pixels(tmp_path):
 def test_bad_files(tmp_path):
     path = tmp_path / "image.tif"
     Image.fromarray(np.dstack([COLOUR, GREY])).save(path)
-    with pytest.raises(ValueError, match="has transparent pixels, whose colour is unknown: put it on a background first"):
+    with pytest.raises(
+        ValueError, match="has transparent pixels, whose colour is unknown: put it on a background first"
+    ):
         images.load_image(path)
     Image.fromarray(GREY.astype(np.float32)).save(path)
     with pytest.raises(ValueError, match="holds floating-point pixels, whose white level is unknown"):

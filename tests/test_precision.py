@@ -151,7 +151,7 @@ def test_what_can_not_judge_is_said():
         certify(F, vectors, [0], against="float64")
     with pytest.raises(ValueError, match="against must be an operator of a Jacobian of 5 × 5"):
         certify(F, vectors, [0], against=linear_operator(np.eye(6)))
-    with pytest.raises(RuntimeError, match=r"the model is no nn.Module.*make an operator of image.to"):
+    with pytest.raises(RuntimeError, match=r"the model is not an nn.Module.*make an operator from image.to"):
         certify(F, vectors, [0], against=torch.float64)
 
 

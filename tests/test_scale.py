@@ -233,7 +233,7 @@ def test_what_a_model_computes_on_its_way_is_not_lost():
     )
 
 
-ZERO = "J is zero at this image, so that every vector is both extremes"
+ZERO = "J is zero, so that every vector is both extremes"
 
 
 @pytest.mark.parametrize(("method", "which"), [(m, w) for m in METHODS for w in ("both", "largest", "smallest")])

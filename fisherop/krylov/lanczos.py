@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import checks
 from fisherop.jacobian import Jacobian, Scaled, check_size, comfortable_exponent, triangle
 from fisherop.krylov.bounds import RitzPairs
 from fisherop.krylov.orthogonalize import combine, eigh, inner, orthonormalize, orthonormalize_beside, project
@@ -206,6 +207,8 @@ class LanczosFactorization:
             unit = self.scale * 2.0**exponent
             r, products = r / unit, products.div_(unit**2)
         r = r.cpu().numpy()
+        if not (np.isfinite(r).all() and checks.is_finite(products)):
+            raise OverflowError(f"a product with F holds NaN or infinity, or more than {dtype} can hold")
         return r.T @ r, products
 
     def ritz(self) -> RitzPairs:

@@ -59,9 +59,12 @@ def exact(
         values[: len(sigma)] = sigma**2
     top, bottom = {"largest": (k, 0), "smallest": (0, k), "both": (k, k)}[which]
     top, bottom = (n, 0) if top + bottom >= n else (top, bottom)
-    eps = np.finfo(jacobian.dtype).eps
-    upper = float(values[0] * (1 + 4 * max(m, n) * eps))
-    return Answer(vh[:top].T, vh[n - bottom :].T, Evidence("dense"), bounds=(0.0, upper))
+    # by a perturbation of the matrix, which is that of its products and of its decomposition
+    error = 2 * max(m, n) * float(np.finfo(jacobian.dtype).eps) * sigma[0]
+    least = max(sigma[-1] - error, 0.0) if m >= n else 0.0
+    with np.errstate(over="ignore"):
+        lower, upper = float(np.square(least)), float(np.square(sigma[0] + error))
+    return Answer(vh[:top].T, vh[n - bottom :].T, Evidence("dense"), bounds=(lower if lower < np.inf else 0.0, upper))
 
 
 def _half_of_memory() -> int:

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from fisherop import checks
-from fisherop.jacobian import shared
+from fisherop.jacobian import is_same, uncounted
 from fisherop.krylov.bounds import DELTA, RitzPairs, outer_bounds, would_show
 from fisherop.krylov.search import Found, Goal, Search, Start, Stop
 from fisherop.operators import FisherOperator
 from fisherop.result import Answer, SolverStopped
 
+_EPS64 = float(np.finfo(np.float64).eps)
 _RANDOM_PART = 0.1  # of a start from v0
 _FRESH = 30  # random vectors that may be added because of rounding
 
@@ -124,7 +125,7 @@ def golub_kahan(
     goal = Goal(top, bottom, tol, n - q, n - q - J.shape[0], float(np.finfo(operator.dtype).eps))
     search = checkpoint = None
     if state is not None:
-        if state.setdefault("linearization", shared(J)) is not shared(J):
+        if not is_same(J, state.setdefault("products", uncounted(J))):
             raise ValueError("state belongs to another operator: pass an empty dict")
         checkpoint = state.get("checkpoint")
         is_read = checkpoint is not None and checkpoint.read(operator.linearization, capacity)
@@ -305,8 +306,9 @@ def make_room(search: Search, ritz: RitzPairs) -> None:
     log.restarts += 1
     spare = (fact.capacity - goal.k) // 3
     low, high = (goal.bottom + spare, goal.top + 3) if goal.bottom else (0, goal.top + spare)
-    # negative Ritz values are rounding, and T + shift must be positive definite
-    shift = max(max(goal.tol / 10, 10 * goal.eps) * log.largest, -2 * ritz.values[0])
+    # negative Ritz values are rounding, and T + shift must be positive definite; its condition, too, costs precision
+    relative = max(goal.tol / 10, 10 * goal.eps, (10 * _EPS64 / goal.tol) ** 2) if goal.bottom else 1.0
+    shift = max(relative * log.largest, -2 * ritz.values[0])
     fact.restart(low, high, shift)
     log.next_check = 0
 
