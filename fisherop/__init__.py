@@ -43,7 +43,7 @@ __all__ = [
     "linearize",
     "singular_triplets",
 ]
-_MODULES = ("images", "plenoptic", "plot", "testing")
+_MODULES = ("images", "noise", "plenoptic", "plot", "spaces", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -48,16 +48,16 @@ _FIELDS: dict[str, Field] = {
     "which": Field(TEXT),
     "tol": Field(_FLOAT),
     "max_basis": Field(_INT),
-    "v": Field(None, ("m", "N")),
-    "w": Field(None, ("b", "N")),
+    "v": Field(None, ("m", "d")),
+    "w": Field(None, ("b", "d")),
     "t": Field(_FLOAT, ("m", "m")),
     "c": Field(_FLOAT, ("b", "m")),
     "shares": Field(_FLOAT, ("s", None)),
-    "random": Field(None, ("r", "N")),
-    "found_vectors": Field(None, ("f", "N")),
+    "random": Field(None, ("r", "d")),
+    "found_vectors": Field(None, ("f", "d")),
     "found_values": Field(_FLOAT, ("f",)),
     "found_residuals": Field(_FLOAT, ("f",)),
-    "fixed": Field(None, ("q", "N")),
+    "fixed": Field(None, ("q", "d")),
     "fixed_values": Field(_FLOAT, ("q",)),
     "phase": Field(TEXT),
     "bounds": Field(_FLOAT, (2,)),
@@ -94,8 +94,8 @@ class Checkpoint:
         self.is_own = False  # the file is of this search
         self.kept: dict[str, NDArray] | None = None  # what was read, until a search has it
 
-    def read(self, lin: Linearization, capacity: int) -> bool:
-        """Read the file, if there is one, for a search with a basis of that many vectors; whether there is one.
+    def read(self, lin: Linearization, d: int, capacity: int) -> bool:
+        """Read the file, if there is one, for a search in d dimensions with such a basis; whether there is one.
 
         Raises
         ------
@@ -112,7 +112,7 @@ class Checkpoint:
             name: np.asarray(value, _FIELDS[name].dtype if name != "which" else str)
             for name, value in self.asked.items()
         }
-        sizes = dict.fromkeys("Nmbrqfs", lin.image_size) | {"K": 2 * int(self.asked["k"])}
+        sizes = dict.fromkeys("Ndmbrqfs", lin.image_size) | {"K": 2 * int(self.asked["k"])}
         table = _FIELDS | {"image": Field(None, ("N",)), "versions": Field(TEXT, (None,))}
 
         def check(headers: Mapping[str, Header]) -> None:
@@ -126,7 +126,7 @@ class Checkpoint:
         try:
             self.kept = unpack(self.path, "checkpoint", check)
             self._check_same(self.kept, lin)
-            _check(self.path, self.kept)
+            _check(self.path, self.kept, d)
         except FileNotFoundError:
             return False
         except ValueError as error:
@@ -276,9 +276,9 @@ def _contents(search: Search) -> dict[str, ArrayLike]:
     }
 
 
-def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
+def _check(path: pathlib.Path, fields: Mapping[str, NDArray], d: int) -> None:
     """Raise ValueError, which names the field, unless a search can have been like this."""
-    sizes: dict[str, int] = {"N": fields["image"].size}
+    sizes: dict[str, int] = {"N": fields["image"].size, "d": d}
     check_types(path, fields, _FIELDS, sizes)
     for name, array in fields.items():
         if array.dtype.kind == "f" and name != "bounds" and not np.isfinite(array).all():
@@ -291,7 +291,7 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
     if phase not in ("main", "probe", "join"):
         raise wrong(path, "phase", f"must be 'main', 'probe' or 'join', not {phase[:80]!r}")
     beside = q if phase == "probe" else 0
-    if m + beside > fields["max_basis"] or m + b + beside > sizes["N"]:
+    if m + beside > fields["max_basis"] or m + b + beside > d:
         raise wrong(path, "v", f"has {m} vectors beside {beside} others, more than max_basis or N")
     if (phase == "main") != (f == 0) or (phase == "main") != (q == 0):
         raise wrong(path, "found_vectors", f"are {f} and fixed are {q} in the phase {phase!r}")
@@ -304,7 +304,7 @@ def _check(path: pathlib.Path, fields: Mapping[str, NDArray]) -> None:
         if not fields[name] <= 2 * (m + 1) * size:
             raise wrong(path, name, f"doesn't fit t and the values found, of at most {size}: {fields[name]}")
     for name, least in (("starts", 1), ("fresh", 0)):
-        if not least <= fields[name] <= sizes["N"]:
+        if not least <= fields[name] <= d:
             raise wrong(path, name, f"must be from {least} to N, not {fields[name]}")
     if not np.allclose(fields["t"], fields["t"].T, rtol=1e-9, atol=1e-9 * np.abs(fields["t"]).max(initial=0.0)):
         raise wrong(path, "t", "is not symmetric")

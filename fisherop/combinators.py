@@ -52,6 +52,9 @@ class Whitened(_Of):
     def vjp(self, rows: Tensor) -> Tensor:
         return self.J.vjp(self.root.vjp(rows))
 
+    def to_noise(self, changes: Tensor) -> Tensor:
+        return self.root.jvp(self.J.to_noise(changes))
+
 
 class Restricted(_Of):
     """J B, B (N, p) on the side of the image: orthonormal columns that span a subspace, or the root of a metric.
@@ -79,6 +82,9 @@ class Restricted(_Of):
 
     def vjp(self, rows: Tensor) -> Tensor:
         return self.space.vjp(self.J.vjp(rows))
+
+    def to_images(self, rows: Tensor) -> Tensor:
+        return self.J.to_images(self.space.jvp(rows))
 
 
 def _matrix(name: str, given: Any, J: Jacobian, shape: str) -> Jacobian:

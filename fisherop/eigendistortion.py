@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 from fisherop import checks
 from fisherop.checkpoint import keeping
+from fisherop.distortions import Distortions
 from fisherop.files import _checksum, check_jacobian, check_same, contents, read, result_from, write  # noqa: F401, where it once was
-from fisherop.model.pickles import BuiltAnew
-from fisherop.operators import FisherOperator
-from fisherop.progress import progress_bar
-from fisherop.result import EigenResult
 from fisherop.solve import eigenpairs, transfer
-from fisherop.thresholds import amplitudes_at_threshold, change_along
+from fisherop.spaces import Space
 
 
-class Eigendistortion(BuiltAnew):
+class Eigendistortion(Distortions):
     """The extreme eigenvectors of a model's Fisher information at an image, as images.
 
     Parameters
@@ -31,12 +28,14 @@ class Eigendistortion(BuiltAnew):
         One image of N elements, float32 or float64; usually ``(1, channels, height, width)``.
     model : callable or nn.Module
         Maps the image to its response, in evaluation mode; see `linearize` for what is accepted and what is refused.
+    noise, subspace, metric : optional
+        The noise of the response, the changes of the image that count, and their norm; see `JacobianOperator`.
     engine, chunk_size
         How products are made, and how many at a time; see `linearize`.
 
     Attributes
     ----------
-    operator : FisherOperator, shape (N, N)
+    operator : FisherOperator, shape (N, N), or, with a subspace, (d, d)
     model : callable or nn.Module
     image : Tensor, shape ``image_shape``
     result : EigenResult or None
@@ -67,20 +66,18 @@ class Eigendistortion(BuiltAnew):
     """
 
     def __init__(
-        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+        self,
+        image: Tensor,
+        model: Callable[[Tensor], Any],
+        *,
+        noise: Any = None,
+        subspace: Space | None = None,
+        metric: Any = None,
+        engine: str = "auto",
+        chunk_size: int | None = None,
     ) -> None:
-        self._build(image, model, {"engine": engine, "chunk_size": chunk_size})
-
-    def _build(self, image: Tensor, model: Callable[[Tensor], Any], products: dict[str, Any]) -> None:
-        self._products = products
-        self.operator = FisherOperator(image, model, **self._products)
-        self.model = model
-        self.result: EigenResult | None = None
-        self._state: dict[str, Any] = {}  # of the search, to go on from
-
-    def __repr__(self) -> str:
-        found = "not synthesized" if self.result is None else f"{len(self.result.eigenvalues)} eigendistortions"
-        return f"<Eigendistortion of {type(self.model).__name__} at an image {tuple(self.image.shape)}: {found}>"
+        observed = {"noise": noise, "subspace": subspace, "metric": metric}
+        self._build(image, model, observed | {"engine": engine, "chunk_size": chunk_size})
 
     def synthesize(
         self,
@@ -219,78 +216,6 @@ class Eigendistortion(BuiltAnew):
         self.operator, self.model, self.result, self._state = operator, operator.linearization.model, result, {}
         return self
 
-    def compute_jacobian(self, *, progress: bool = True) -> Tensor:
-        """The Jacobian (M, N) as a tensor on the image's device; it is kept in `jacobian`.
-
-        Raises
-        ------
-        ValueError
-            It would take more than 2 GiB.
-        """
-        progress = checks.flag("progress", progress)
-        with progress_bar(self.operator, "jacobian", min(self.operator.jacobian.shape) / 2, progress) as (operator, _):
-            dense = operator.jacobian.to_dense()
-        return torch.tensor(dense, device=self.image.device)
-
-    def detection_thresholds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """How large each distortion must be to change the response by 1, one standard deviation of unit noise: 1 / √λ.
-
-        Returns
-        -------
-        amplitudes, rms : ndarray, shape (K,)
-            The distortion's norm, in the image's units, and its root mean square per element of the image. Infinite
-            where λ can't be told from zero, below 4 ε² λ_max with ε the `noise` of products.
-
-        Raises
-        ------
-        ValueError
-            Nothing has been synthesized yet.
-        """
-        result = self._found()
-        amplitudes = amplitudes_at_threshold(result)
-        return amplitudes, amplitudes / result.image_size**0.5
-
-    def response_change(self, index: int, scale: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """How far the response moves when a distortion is added to the image: as F predicts it, and in truth.
-
-        Where the two part, the linear picture ends: F knows the model only near the image, and a large step along the
-        least noticeable distortion can move the response more than one along the most noticeable.
-
-        Parameters
-        ----------
-        index : int
-            Position among the distortions found: 0 for the most noticeable, −1 for the least.
-        scale : float or array_like
-            The norm of what is added, in the image's units; its sign is the direction.
-
-        Returns
-        -------
-        predicted, actual : ndarray of the shape of `scale`
-            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂. The latter is only rounding if it is
-            below the resolution of f in the image's dtype.
-
-        Raises
-        ------
-        ValueError
-            Nothing has been synthesized yet, or the image's dtype can't hold a step of that scale.
-        IndexError
-            There is no such distortion.
-        """
-        result = self._found()
-        self.operator.linearization.check_current()
-        index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
-        scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
-        largest = np.abs(scale).max(initial=0.0)
-        if largest > (torch.finfo(self.image.dtype).max - self.image.abs().max().item()) / 2:
-            checks.refuse(ValueError, "scale", f"steps that {self.image.dtype} can hold", float(largest))
-        actual = change_along(self.operator, result.eigenvectors[:, index], scale)
-        return result.eigenvalues[index] ** 0.5 * np.abs(scale), actual
-
-    def _found(self) -> EigenResult:
-        if self.result is None:
-            raise ValueError("there are no eigendistortions yet: call synthesize() first")
-        return self.result
-
     def save(self, path: str | os.PathLike) -> None:
         """Write what was found to one ``.npz`` file, which holds no pickle and which NumPy reads.
 
@@ -314,7 +239,12 @@ class Eigendistortion(BuiltAnew):
         write(checks.path("path", path, new=True), self._fields())
 
     def _fields(self) -> dict[str, ArrayLike]:
-        return contents(self._found(), self.operator.linearization, type(self), self.model)
+        return contents(self._found(), self.operator.linearization, type(self), self.model, self._observed())
+
+    def _observed(self) -> str:
+        """The kinds of its noise, subspace and metric, in words."""
+        parts = [f"{name}: {type(one).__name__}" for name, one in self.operator.observed.items()]
+        return ", ".join([*parts, f"{self.operator.shape[0]} dimensions"]) if parts else ""
 
     def load(self, path: str | os.PathLike) -> Eigendistortion:
         """Take the result that `save` wrote to `path`, for the same image and model, and return itself.
@@ -330,7 +260,12 @@ class Eigendistortion(BuiltAnew):
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike, model: Callable[[Tensor], Any], *, device: torch.device | str | None = None
+        cls,
+        path: str | os.PathLike,
+        model: Callable[[Tensor], Any],
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
     ) -> Eigendistortion:
         """What `save` wrote, with its image; the model must give the same response to it.
 
@@ -342,6 +277,8 @@ class Eigendistortion(BuiltAnew):
             The model, as it was.
         device : torch.device or str, optional
             Where the image goes; by default where the model's parameters are.
+        **options
+            As when the object was made: noise, subspace, metric, engine, chunk_size.
 
         Returns
         -------
@@ -355,45 +292,12 @@ class Eigendistortion(BuiltAnew):
         fields = read(checks.path("path", path))
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)
-        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device=device), model)
+        self = cls(checks.moved("device", torch.from_numpy(fields["image"]), device=device), model, **options)
         self._take(path, fields)
         return self
 
     def _take(self, path: str | os.PathLike, fields: dict[str, NDArray]) -> None:
-        check_same(path, fields, self.image, self.operator.linearization.response)
+        check_same(path, fields, self.image, self.operator.linearization.response, self._observed())
         result = result_from(fields)
         check_jacobian(path, result, self.operator)
         self.result = result
-
-    @property
-    def image(self) -> Tensor:
-        """The image, shape ``image_shape``."""
-        return self.operator.linearization.image
-
-    @property
-    def jacobian(self) -> Tensor | None:
-        """The Jacobian (M, N), once ``method="exact"`` or `compute_jacobian` has computed it."""
-        dense = self.operator.jacobian.dense
-        return None if dense is None else torch.tensor(dense, device=self.image.device)
-
-    @property
-    def eigendistortions(self) -> Tensor | None:
-        """Unit-norm changes of the image, shape (K, ...) where ... is the image's without a leading dimension of 1."""
-        if self.result is None:
-            return None
-        distortions = self.operator.to_tensors(self.result.eigenvectors)
-        return distortions[:, 0] if self.image.ndim > 1 and self.image.shape[0] == 1 else distortions
-
-    @property
-    def eigenvalues(self) -> Tensor | None:
-        """Eigenvalues (K,), descending, in float64, which holds what squares of the image's dtype may not."""
-        return None if self.result is None else self._on_device(self.result.eigenvalues)
-
-    @property
-    def eigenindex(self) -> Tensor | None:
-        """Rank (K,) of each among all N: 0 is the most noticeable, N − 1 the least."""
-        return None if self.result is None else self._on_device(self.result.eigenindex)
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        device = "cpu" if self.image.device.type == "mps" else self.image.device  # which has no float64
-        return torch.tensor(array, device=device)

@@ -49,7 +49,7 @@ class Header(NamedTuple):
 _K_FIELDS = {"eigenvalues": Field(_FLOAT, ("K",)), "residual_norms": Field(_FLOAT, ("K",))}
 _K_FIELDS |= {"eigenindex": Field(_INT, ("K",)), "status": Field(TEXT, ("K",))}
 RESULT: dict[str, Field] = _K_FIELDS | {
-    "eigenvectors": Field(None, ("N", "K")),
+    "eigenvectors": Field(None, ("d", "K")),
     "tol": Field(_FLOAT),
     "method": Field(TEXT),
     "n_products": Field(_FLOAT),
@@ -66,6 +66,7 @@ RESULT: dict[str, Field] = _K_FIELDS | {
     "engine_report": Field(TEXT, (None,)),
     "object": Field(TEXT, is_optional=True),
     "model": Field(TEXT, is_optional=True),
+    "observed": Field(TEXT, is_optional=True),  # where there is noise, a subspace or a metric
     "attributes": Field(TEXT, (None,), is_optional=True),
 }
 _EACH_PAIR = 2**24  # bytes of text that details, with their history, and states may take for each pair
@@ -107,7 +108,7 @@ def check_result_sizes(path: str | os.PathLike, headers: Mapping[str, Header], i
     else:
         raise ValueError(f"{path} is damaged or was altered: it lacks image")
     k = min(n, max((headers[name].size for name in _K_FIELDS if name in headers), default=0))
-    sizes = {"N": n, "K": k}
+    sizes = {"N": n, "d": n, "K": k}
     check_sizes(path, headers, RESULT | {"image": Field(None, ("N",)), "versions": Field(TEXT, (None,))}, sizes)
 
 
@@ -173,7 +174,11 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
     """Raise ValueError, which names the field, unless `certify` can have given these fields for an image like that."""
     n = check_common(path, fields)
     lengths = [len(fields[name]) for name in _K_FIELDS if name in fields and fields[name].ndim]
-    check_types(path, fields, RESULT, {"N": n} | ({"K": statistics.mode(lengths)} if lengths else {}))
+    size = fields.get("image_size", np.empty(0))
+    d = int(size) if size.ndim == 0 and size.dtype == _INT else n
+    if d != n and not ("observed" in fields and 1 <= d <= n):
+        raise wrong(path, "image_size", f"is {d}, but its image has {n} elements")
+    check_types(path, fields, RESULT, {"N": n, "d": d} | ({"K": statistics.mode(lengths)} if lengths else {}))
     values, residuals, noise = fields["eigenvalues"], fields["residual_norms"], fields["noise"]
     for name in ("eigenvalues", "residual_norms", "n_products", "noise", "response_fingerprint"):
         array = fields[name]
@@ -185,7 +190,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         raise wrong(path, "noise", f"is relative to the products, and can't be {noise}")
     for name, check in {
         "tol": lambda tol: checks.tolerance(tol.item()),
-        "eigenindex": lambda index: _check_stored_index(index, n),
+        "eigenindex": lambda index: _check_stored_index(index, d),
         "eigenvectors": lambda v: check_orthonormal(v, np.finfo(v.dtype).eps),
         "details": lambda text: _check_details(text.item(), fields["method"].item()),
         "evidence": lambda text: parse_evidence(text.item()),
@@ -212,7 +217,7 @@ def check_result(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None
         raise wrong(path, "lambda_max_bounds", f"say that λ_max ≥ {largest}, but {values.max()} is an eigenvalue")
     allowed = float(fields["tol"]) * largest
     _check_status(path, fields["status"].tolist(), values, residuals, allowed)
-    _check_response(path, fields, n)
+    _check_response(path, fields)
 
 
 def _check_stored_index(index: NDArray[np.int64], n: int) -> None:
@@ -234,14 +239,12 @@ def _check_status(
             raise wrong(path, "status", f"says {text!r} of pair {i}, which its residual or its eigenvalue refutes")
 
 
-def _check_response(path: str | os.PathLike, fields: Mapping[str, NDArray], n: int) -> None:
-    if fields["image_size"] != n:
-        raise wrong(path, "image_size", f"is {fields['image_size']}, but its image has {n} elements")
+def _check_response(path: str | os.PathLike, fields: Mapping[str, NDArray]) -> None:
     m = int(fields["response_size"])
     if m < 1:
         raise wrong(path, "response_size", f"must be positive, not {m}")
     shape = fields["response_shape"].tolist() if "response_shape" in fields else [m]
-    if math.prod(shape) != m or min(shape, default=1) < 0:
+    if min(shape, default=1) < 0 or (math.prod(shape) != m and "observed" not in fields):
         raise wrong(path, "response_shape", f"is {tuple(shape)}, but its response_size is {m}")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -164,8 +165,10 @@ def _check_format(path: str | os.PathLike, archive: zipfile.ZipFile, headers: Ma
         raise _OfFormat(f"{path} has format {version}, this version of fisherop reads up to {_FORMAT}: update fisherop")
 
 
-def check_same(path: str | os.PathLike, fields: Mapping[str, NDArray], image: Tensor, response: Tensor) -> None:
-    """Raise ValueError unless a file belongs to this image and to a model with this response to it."""
+def check_same(
+    path: str | os.PathLike, fields: Mapping[str, NDArray], image: Tensor, response: Tensor, observed: str
+) -> None:
+    """Raise ValueError unless a file belongs to this image, to a model with this response to it, and to this noise."""
     stored, own = fields["image"], image.cpu().numpy()
     check_image(path, stored, image)
     if not np.array_equal(stored, own):
@@ -173,10 +176,16 @@ def check_same(path: str | os.PathLike, fields: Mapping[str, NDArray], image: Te
             f"{path} holds the eigendistortions of another image, which differs from this one by up to "
             f"{np.abs(stored - own).max():.3g}: use Eigendistortion.from_file(path, model)"
         )
-    if response.numel() != fields["response_size"]:
+    m = math.prod(fields["response_shape"].tolist()) if "response_shape" in fields else int(fields["response_size"])
+    if response.numel() != m:
         raise ValueError(
-            f"{path} holds the eigendistortions of another model, with {fields['response_size']} responses; this "
-            f"one has {response.numel()}"
+            f"{path} holds the eigendistortions of another model, with {m} responses; this one has {response.numel()}"
+        )
+    stored = str(fields.get("observed", ""))
+    if stored != observed:
+        raise ValueError(
+            f"{path} holds eigendistortions with {stored or 'no noise, subspace or metric'}, these have "
+            f"{observed or 'none'}: make the object as it was"
         )
     difference, norm = response_difference(fields, response)
     if not difference <= same_response(fields) * norm:
@@ -247,16 +256,20 @@ def fingerprint(response: Tensor, size: int = 256) -> NDArray[np.float64]:
     return sums
 
 
-def contents(result: EigenResult, lin: Linearization, kind: type, model: Any) -> dict[str, ArrayLike]:
+def contents(result: EigenResult, lin: Linearization, kind: type, model: Any, observed: str) -> dict[str, ArrayLike]:
     """What a file holds of an object of this kind."""
-    return _result_to(result) | {
-        "image": lin.image.cpu().numpy(),
-        "response_fingerprint": fingerprint(lin.response),
-        "response_shape": np.array(lin.response_shape, dtype=np.int64),
-        "engine_report": lin.engine_report,
-        "object": name_of(kind),
-        "model": name_of(model),
-    }
+    return (
+        _result_to(result)
+        | {
+            "image": lin.image.cpu().numpy(),
+            "response_fingerprint": fingerprint(lin.response),
+            "response_shape": np.array(lin.response_shape, dtype=np.int64),
+            "engine_report": lin.engine_report,
+            "object": name_of(kind),
+            "model": name_of(model),
+        }
+        | ({"observed": observed} if observed else {})
+    )
 
 
 def _result_to(result: EigenResult) -> dict[str, ArrayLike]:

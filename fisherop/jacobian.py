@@ -57,6 +57,14 @@ class Jacobian(Protocol):
         images = self.jvp(rows)
         return triangle(images), self.vjp(images)
 
+    def to_images(self, rows: Tensor) -> Tensor:
+        """The changes of the image that rows ``(k, N)`` stand for: others than these where they are coordinates."""
+        return rows
+
+    def to_noise(self, changes: Tensor) -> Tensor:
+        """Changes of the response, as rows, in the units in which J has them."""
+        return changes
+
     def check_current(self) -> None:
         """Raise RuntimeError if these are no longer the products that they were."""
 
@@ -83,6 +91,12 @@ class _Of(Jacobian):
         m, n = J.shape
         self.shape = m if n_responses is None else n_responses, n if n_pixels is None else n_pixels
         self.dtype, self.device, self.mismatch, self.chunk_size = J.dtype, J.device, J.mismatch, J.chunk_size
+
+    def to_images(self, rows: Tensor) -> Tensor:
+        return self.J.to_images(rows)
+
+    def to_noise(self, changes: Tensor) -> Tensor:
+        return self.J.to_noise(changes)
 
     def check_current(self) -> None:
         self.J.check_current()

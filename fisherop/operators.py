@@ -14,10 +14,14 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
+from fisherop.basis import Basis
 from fisherop.by_rows import ByRows
+from fisherop.combinators import Restricted, Whitened
 from fisherop.from_operator import as_jacobian
 from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled
 from fisherop.model.linearize import Linearization, linearize
+from fisherop.noise import Root
+from fisherop.spaces import Space
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,9 +35,23 @@ class _Operator(ByRows):
     _shape_for: Any  # of the operator, by its products
 
     def __init__(
-        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+        self,
+        image: Tensor,
+        model: Callable[[Tensor], Any],
+        *,
+        noise: Any = None,
+        subspace: Space | None = None,
+        metric: Any = None,
+        engine: str = "auto",
+        chunk_size: int | None = None,
     ) -> None:
-        self._bind(OfModel(linearize(image, model, engine=engine, chunk_size=chunk_size)))
+        J: Jacobian = OfModel(linearize(image, model, engine=engine, chunk_size=chunk_size))
+        lin = J.linearization
+        if noise is not None:
+            J = Whitened(J, Root(noise, lin.response))
+        if subspace is not None or metric is not None:
+            J = Restricted(J, Basis(lin.image, subspace, metric))
+        self._bind(J)
 
     @classmethod
     def from_linearization(cls, linearization: Linearization) -> Self:
@@ -82,13 +100,16 @@ class _Operator(ByRows):
 
     @property
     def linearization(self) -> Linearization:
-        """That of the model at the image; AttributeError for an operator of anything else."""
-        J = self.products
-        while isinstance(J, Counted | Scaled):
+        """That of the model at the image alone; AttributeError for an operator of anything else."""
+        J, is_own = self.products, True
+        while isinstance(J, Counted | Scaled | Whitened | Restricted):
+            is_own &= isinstance(J, Counted | Scaled)
             J = J.J
         if not isinstance(J, OfModel):
             raise AttributeError(f"{self!r} has no linearization: it is of a {type(J).__name__}, and not of a model")
-        return J.linearization if J is self.products else cast(Linearization, Images(self.products, J.linearization))
+        if J is self.products or not is_own:
+            return J.linearization
+        return cast(Linearization, Images(self.products, J.linearization))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -130,15 +151,27 @@ class _Operator(ByRows):
         if isinstance(model, nn.Module):
             with torch.inference_mode(False):  # or PyTorch could not differentiate it
                 model = copy.deepcopy(model).to(*args, **kwargs)
-            return type(self)(image, model, **lin.options)
+            return type(self)(image, model, **lin.options, **self.observed)
         try:
-            return type(self)(image, model, **lin.options)
+            return type(self)(image, model, **lin.options, **self.observed)
         except (RuntimeError, TypeError, ValueError) as error:
             raise RuntimeError(
                 f"the model is not an nn.Module, so that it can't be copied and moved, and it fails for an image of "
                 f"{image.dtype} on {image.device}: make an operator from image.to(...) and a model that accepts it; "
                 f"against= takes that operator, too. {error}"
             ) from error
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """The `noise`, `subspace` and `metric` that it was made with."""
+        J, found = self.products, {}
+        while isinstance(J, Counted | Scaled | Whitened | Restricted):
+            if isinstance(J, Whitened) and isinstance(J.root, Root):
+                found["noise"] = J.root.noise
+            if isinstance(J, Restricted) and isinstance(J.space, Basis):
+                found |= {"subspace": J.space.subspace, "metric": J.space.metric}
+            J = J.J
+        return {name: value for name, value in found.items() if value is not None}
 
     def in_float64(self, scale: float = 1.0) -> LinearOperator:
         """This operator / `scale` for a solver that works in float64, around the model's products in their own dtype.
@@ -157,9 +190,12 @@ class _Operator(ByRows):
         return getattr(self, name)(x)
 
     def to_tensors(self, columns: ArrayLike) -> Tensor:
-        """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device."""
+        """Columns ``(N, k)`` as a block of images ``(k, *image_shape)``, in the image's dtype, on its device.
+
+        With `subspace` or `metric`, the columns ``(d, k)`` are coordinates, and the images are what they stand for.
+        """
         columns = checks.array("columns", columns, (self.products.shape[1], "k"))
-        return self._to_torch(columns.T).reshape(-1, *self.image_shape)
+        return self.products.to_images(self._to_torch(columns.T)).reshape(-1, *self.image_shape)
 
     @staticmethod
     def to_columns(block: Tensor) -> NDArray[np.floating]:
@@ -176,6 +212,15 @@ class JacobianOperator(_Operator):
         The image, N elements, float32 or float64.
     model : callable or nn.Module
         Its response has M elements; see `linearize` for what is accepted, and for the errors raised.
+    noise : optional
+        Of the response: one of `fisherop.noise`. J is S J then, with SᵀS the information of the responses; by default
+        white Gaussian noise of unit variance, with which S is the identity.
+    subspace : Space, optional
+        The changes of the image that count, of `fisherop.spaces`. J is J B then, B (N, d) a basis, and the vectors are
+        coordinates, which `to_tensors` makes images of.
+    metric : array_like or LinearOperator, optional
+        The norm of a change, if it isn't the Euclidean one: √(Σ wᵢ xᵢ²) with a positive weight of each element, or of
+        the last dimensions; or an operator R (N, N), W^(-1/2) of a metric W, with which ‖R z‖ counts as ‖z‖.
     engine, chunk_size
         How products are made, and how many at a time; see `linearize`.
 
@@ -234,12 +279,12 @@ class JacobianOperator(_Operator):
 class FisherOperator(_Operator):
     """The Fisher information matrix ``F = JᵀJ`` of a model at an image, shape (N, N), as a SciPy ``LinearOperator``.
 
-    It is that of a response with white Gaussian noise of unit variance: ``‖J v‖² = vᵀF v`` is the squared
-    discriminability of a small change v of the image. F is symmetric and positive semidefinite.
+    Without `noise` it is that of a response with white Gaussian noise of unit variance: ``‖J v‖² = vᵀF v`` is the
+    squared discriminability of a small change v of the image. F is symmetric and positive semidefinite.
 
     Parameters
     ----------
-    image, model, engine, chunk_size
+    image, model, noise, subspace, metric, engine, chunk_size
         As in `JacobianOperator`.
     """
 

@@ -116,10 +116,10 @@ def eigendistortions(
     indices = [checks.position("indices", i, len(values), "eigendistortions found") for i in indices]
     limits = value_range([image], vrange)
     scale = _scale(scale, limits, image.size)
-    rms = abs(scale) / image.size**0.5
     rows = []
     for i in indices:
         peak = float(np.abs(distortions[i]).max())
+        rms = abs(scale) * float(np.linalg.norm(distortions[i])) / image.size**0.5
         name = f"eigendistortion {result.eigenindex[i]}"
         alone = f"{name}\nλ = {values[i]:.3g}, {describe((-peak, peak))}"
         added = f"image + {scale:.3g} × {name} (RMS {rms:.2g})\nλ = {values[i]:.3g}, {describe(limits)}"

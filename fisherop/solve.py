@@ -278,9 +278,8 @@ def _check_state(state: Any) -> None:
     if state is not None:
         checks.instance("state", state, dict, "a dict, empty at first, or None")
         kinds = (EigenResult, type(None))
-        checks.instance(
-            "state['result']", state.get("result"), kinds, "what an earlier call left", "pass an empty dict"
-        )
+        what = "what an earlier call left"
+        checks.instance("state['result']", state.get("result"), kinds, what, "pass an empty dict")
         if not hasattr(state.get("checkpoint"), "offer") and state.get("checkpoint") is not None:
             checks.refuse(TypeError, "state['checkpoint']", "a fisherop.checkpoint.Checkpoint", state["checkpoint"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -20,11 +21,14 @@ def amplitudes_at_threshold(result: EigenResult) -> NDArray[np.float64]:
 
 
 def change_along(operator: FisherOperator, vector: NDArray, scale: ArrayLike) -> NDArray[np.float64]:
-    """‖f(image + scale · vector) − f(image)‖₂ for a vector (N,), in the shape of `scale`."""
+    """‖f(image + scale · vector) − f(image)‖₂ for a vector (N,), in units of the noise, in the shape of `scale`."""
     lin, scale = operator.linearization, np.asarray(scale, dtype=np.float64)
     direction = operator.to_tensors(vector[:, None])[0]
     before = lin.response.flatten().double()
-    change = [_size(lin.respond(lin.image + step * direction).double() - before) for step in scale.flatten().tolist()]
+    changes = (lin.respond(lin.image + step * direction).double() - before for step in scale.flatten().tolist())
+    if "noise" in operator.observed:
+        changes = (operator.products.to_noise(change[None].to(lin.response.dtype))[0].double() for change in changes)
+    change = [_size(one) for one in changes]
     return np.reshape(change, scale.shape)
 
 
@@ -32,3 +36,30 @@ def _size(change: Tensor) -> float:
     """Its norm, also where squares would leave float64's range; infinite or NaN where the response is."""
     peak = change.abs().max()
     return norm(change) if peak.isfinite() else peak.item()
+
+
+def linear_until(operator: FisherOperator, vector: NDArray, slope: float, deviation: float) -> float:
+    """The smallest scale of a vector, of either sign, at which the change of the response is not slope · |scale|."""
+    lin = operator.linearization
+    images = operator.to_tensors(vector[:, None]).double()
+    n, size = lin.image.numel(), float(torch.linalg.vector_norm(images))
+    most = 10 * max(float(torch.linalg.vector_norm(lin.image.double())), n**0.5) / size
+    response = operator.products.to_noise(lin.response.reshape(1, -1)).double()
+    rounding = torch.finfo(lin.image.dtype).eps * (float(torch.linalg.vector_norm(response)) + slope * most / 10)
+
+    def parts(scale: float) -> bool:
+        changes = change_along(operator, vector, [scale, -scale])
+        return not bool((np.abs(changes - slope * scale) <= deviation * slope * scale).all())
+
+    low = min(10 * rounding / (deviation * slope), most)
+    if parts(low):
+        return 0.0
+    high = 2 * low
+    while not parts(high):
+        low, high = high, 2 * high
+        if low > most:
+            return np.inf
+    while high > 1.01 * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if parts(middle) else (middle, high)
+    return high

@@ -128,7 +128,7 @@ def golub_kahan(
         if not is_same(J, state.setdefault("products", uncounted(J))):
             raise ValueError("state belongs to another operator: pass an empty dict")
         checkpoint = state.get("checkpoint")
-        is_read = checkpoint is not None and checkpoint.read(operator.linearization, capacity)
+        is_read = checkpoint is not None and checkpoint.read(operator.linearization, n, capacity)
         kept = checks.instance("state['search']", state.get("search"), (Search, type(None)), "what a search left")
         search = None if is_read else kept
         state.pop("search", None)

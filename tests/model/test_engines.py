@@ -214,7 +214,7 @@ DRAWN = sorted(set(LAYERS) - {"einsum"})  # which ends a network
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     names=st.lists(st.sampled_from(DRAWN), min_size=1, max_size=5),
     seed=st.integers(0, 2**16),

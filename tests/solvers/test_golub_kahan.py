@@ -54,7 +54,7 @@ def test_no_claim_is_false():
         matrix=spectra(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 5), seed=st.integers(0, 2**32 - 1),
         which=st.sampled_from(["both", "largest", "smallest"]), small=st.booleans(),
     )  # fmt: skip
-    @settings(max_examples=150)
+    @settings(max_examples=80)
     def one(matrix, dtype, k, seed, which, small):
         n = matrix.shape[1]
         k = min(k, n // 2 if which == "both" else n)
@@ -88,7 +88,7 @@ def test_no_claim_is_false_where_a_search_goes_on():
         matrix=spectra(), dtype=st.sampled_from(DTYPES), steps=st.lists(step, min_size=2, max_size=4),
         seed=st.integers(0, 2**32 - 1),
     )  # fmt: skip
-    @settings(max_examples=150)
+    @settings(max_examples=80)
     def one(matrix, dtype, steps, seed):
         operator, state, n = linear_operator(matrix, dtype), {}, matrix.shape[1]
         for k, which, factor, maxiter, small in steps:
@@ -472,7 +472,7 @@ def test_repeated_values_in_the_smallest_basis():
 
 
 @given(which=st.sampled_from(["both", "largest", "smallest"]), q=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 def test_the_next_pairs(which, q, seed):
     """Step by step with orthogonal_to, or at once: the same eigenvalues, repeated ones as well.
 
