@@ -225,16 +225,11 @@ def test_files_of_restricted_distortions(kind, tmp_path):
     same = Eigendistortion.from_file(path, ed.model, **OBSERVED[kind])
     torch.testing.assert_close(same.eigendistortions, ed.eigendistortions, rtol=0, atol=0)
     torch.testing.assert_close(pickle.loads(pickle.dumps(same.eigenvalues)), ed.eigenvalues)
-    with pytest.raises(
-        ValueError, match=rf"found.npz holds eigendistortions with {list(OBSERVED[kind])[0]}: .*, these"
-    ):
+    with pytest.raises(ValueError, match=r"found\.npz holds eigendistortions with .*, these have none"):
         Eigendistortion(x, ed.model).load(path)
-    other = (
-        Eigendistortion(x, ed.model, noise=noise.Poisson(floor=0.1))
-        if kind != "noise"
-        else Eigendistortion(x, ed.model, noise=noise.Poisson(floor=2.0))
-    )
-    with pytest.raises(ValueError, match="found.npz holds"):
+    floor = 2.0 if kind == "noise" else 0.1
+    other = Eigendistortion(x, ed.model, noise=noise.Poisson(floor=floor))
+    with pytest.raises(ValueError, match=r"found\.npz holds"):
         other.load(path)
 
 
