@@ -20,6 +20,7 @@ from fisherop.eigendistortion import Eigendistortion
 from fisherop.model.layers import LayerResponse
 from fisherop.model.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
+from fisherop.principal import PrincipalDistortions, principal_distortions
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
 from fisherop.solve import eigenpairs
 from fisherop.triplets import SingularTriplets, singular_triplets
@@ -35,12 +36,14 @@ __all__ = [
     "JacobianOperator",
     "LayerResponse",
     "Linearization",
+    "PrincipalDistortions",
     "SingularTriplets",
     "SolverStopped",
     "Status",
     "certify",
     "eigenpairs",
     "linearize",
+    "principal_distortions",
     "singular_triplets",
 ]
 _MODULES = ("images", "noise", "plenoptic", "plot", "spaces", "testing")
