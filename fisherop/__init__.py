@@ -7,9 +7,12 @@ For users of SciPy: `JacobianOperator` and `FisherOperator` are SciPy's ``Linear
 image or, by their method ``of``, of any matrix. `eigenpairs` finds both ends of F's spectrum, `singular_triplets` those
 of any matrix, and `certify` judges vectors that another solver found.
 
-Modules: `fisherop.plot` (figures), `fisherop.images` (photographs and test images), `fisherop.testing` (for your own
-tests), `fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the protocol behind the operators, and what
-Jacobians are made of). They are loaded when they are first used.
+`principal_distortions` finds the changes that tell two models apart best.
+
+Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.plot`
+(figures), `fisherop.images` (photographs and test images), `fisherop.testing` (for your own tests),
+`fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the protocol behind the operators) and
+`fisherop.combinators` (Jacobians made of others). They are loaded when they are first used.
 """
 
 import importlib
@@ -46,7 +49,7 @@ __all__ = [
     "principal_distortions",
     "singular_triplets",
 ]
-_MODULES = ("images", "noise", "plenoptic", "plot", "spaces", "testing")
+_MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "testing")
 
 
 def __getattr__(name: str) -> Any:

