@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from helpers import assert_truthful
@@ -118,7 +119,7 @@ def test_a_variance_that_depends_on_the_response():
         v = float(variance(one))
         density = scipy.stats.norm.pdf(x, float(one), v**0.5)
         score = (x - float(one)) / v + float(one) * ((x - float(one)) ** 2 / v**2 - 1 / v)
-        expected.append(np.trapezoid(density * score**2, x))
+        expected.append(scipy.integrate.trapezoid(density * score**2, x))
     np.testing.assert_allclose(information(noise.Gaussian(variance), f), np.diag(expected), rtol=1e-8, atol=1e-12)
     np.testing.assert_allclose(information(noise.Gaussian(lambda f: torch.full_like(f, 4.0)), f), np.eye(3) / 4)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import scipy.sparse.linalg as sla
 from numpy.typing import NDArray
@@ -47,7 +50,7 @@ def primme(
         PRIMME did not converge.
     """
     try:
-        import primme as package
+        package: Any = importlib.import_module("primme")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "method='primme' needs the package primme: pip install 'fisherop[primme]', with OpenBLAS and LAPACK at hand"
