@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,13 +15,13 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from fisherop import checks
-from fisherop.basis import Basis
 from fisherop.by_rows import ByRows
 from fisherop.combinators import Restricted, Whitened
 from fisherop.from_operator import as_jacobian
-from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled
+from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled, uncounted
 from fisherop.model.linearize import Linearization, linearize
-from fisherop.noise import Root
+from fisherop.observed import at, how, observe
+from fisherop.pooled import pool
 from fisherop.spaces import Space
 
 if TYPE_CHECKING:
@@ -45,13 +46,8 @@ class _Operator(ByRows):
         engine: str = "auto",
         chunk_size: int | None = None,
     ) -> None:
-        J: Jacobian = OfModel(linearize(image, model, engine=engine, chunk_size=chunk_size))
-        lin = J.linearization
-        if noise is not None:
-            J = Whitened(J, Root(noise, lin.response))
-        if subspace is not None or metric is not None:
-            J = Restricted(J, Basis(lin.image, subspace, metric))
-        self._bind(J)
+        lin = linearize(image, model, engine=engine, chunk_size=chunk_size)
+        self._bind(observe(lin, noise, subspace, metric))
 
     @classmethod
     def from_linearization(cls, linearization: Linearization) -> Self:
@@ -80,6 +76,48 @@ class _Operator(ByRows):
             It has no element, not two dimensions, NaN or infinity, or an adjoint that is not its own.
         """
         return cls._from(as_jacobian(A))
+
+    @classmethod
+    def pooled(
+        cls,
+        images: Sequence[Tensor],
+        model: Callable[[Tensor], Any],
+        *,
+        weights: Sequence[float] | None = None,
+        memory: int = 2**30,
+        noise: Any = None,
+        subspace: Space | None = None,
+        metric: Any = None,
+        engine: str = "auto",
+        chunk_size: int | None = None,
+    ) -> Self:
+        """The operator of many images: F is Σ wᵢ JᵢᵀJᵢ, whose extremes are universal distortions.
+
+        A product takes one at each image, one after the other, and counts as one.
+
+        Parameters
+        ----------
+        images : sequence of Tensor
+            Of one shape.
+        model : callable or nn.Module
+            As in `linearize`.
+        weights : sequence of float, optional
+            From 0; by default 1 / n each, so that F is the mean.
+        memory : int
+            Bytes for what is computed at the images. Those beyond it are linearized again at each product, for an
+            `nn.Module` from the program that is kept, at about twice the time.
+        noise, subspace, metric, engine, chunk_size
+            As of an operator of one image.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As by `linearize`; ValueError if the images or the weights do not fit each other.
+        """
+
+        options = {"engine": engine, "chunk_size": chunk_size}
+        build = functools.partial(at, model=model, options=options, observed=(noise, subspace, metric))
+        return cls._from(pool(images, build, weights, memory))
 
     @classmethod
     def _from(cls, products: Jacobian) -> Self:
@@ -114,7 +152,9 @@ class _Operator(ByRows):
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of the image, (N,) where there is none; its N elements are the operator's columns, in C order."""
-        return self.linearization.image_shape if hasattr(self, "linearization") else (self.products.shape[1],)
+        if hasattr(self, "linearization"):
+            return self.linearization.image_shape
+        return getattr(uncounted(self.products), "image_shape", (self.products.shape[1],))
 
     @property
     def response_shape(self) -> tuple[int, ...]:
@@ -164,14 +204,7 @@ class _Operator(ByRows):
     @property
     def observed(self) -> dict[str, Any]:
         """The `noise`, `subspace` and `metric` that it was made with."""
-        J, found = self.products, {}
-        while isinstance(J, Counted | Scaled | Whitened | Restricted):
-            if isinstance(J, Whitened) and isinstance(J.root, Root):
-                found["noise"] = J.root.noise
-            if isinstance(J, Restricted) and isinstance(J.space, Basis):
-                found |= {"subspace": J.space.subspace, "metric": J.space.metric}
-            J = J.J
-        return {name: value for name, value in found.items() if value is not None}
+        return how(self.products)
 
     def in_float64(self, scale: float = 1.0) -> LinearOperator:
         """This operator / `scale` for a solver that works in float64, around the model's products in their own dtype.

@@ -151,6 +151,12 @@ class Linearization:
         return self.response.numel()
 
     @property
+    def held_bytes(self) -> int | None:
+        """Bytes that are held for this image, beside what is held for the model; None where that isn't known."""
+        own = self.image.nbytes + self.response.nbytes
+        return own + self._engine.held_bytes[0] if self._engine.is_recorded else None
+
+    @property
     def n_products(self) -> float:
         """Cost so far: one product is one J v plus one Jᵀu."""
         return (self.n_jvp + self.n_vjp) / 2
