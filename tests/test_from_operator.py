@@ -84,6 +84,15 @@ def test_an_inexact_adjoint_is_taken_into_account():
     assert FisherOperator.of(aslinearoperator(MATRIX)).products.mismatch == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_is_no_mismatch(dtype):
+    """Also where a random vector lies where the operator is small, as of a matrix that is nearly of rank 1."""
+    for seed in range(600):
+        A = matrix_with_singular_values([100.0, 1e-5, 1e-6], 10, 11, rng=seed).astype(dtype)
+        operator = LinearOperator(A.shape, lambda x, A=A: A @ x, rmatvec=lambda y, A=A: A.T @ y, dtype=dtype)
+        assert FromOperator(operator).mismatch == 0
+
+
 def without_adjoint(shape):
     class Forward(LinearOperator):
         def __init__(self):
