@@ -186,3 +186,13 @@ def test_products_with_f_that_vanish_beside_larger_ones():
     F = FisherOperator.of(np.diag([1, 1e-25, 1e-25]).astype(np.float32))
     assert certify(F, np.eye(3)[:, :1], [0], rng=0).converged.all()
     assert eigenpairs(F, 1, "largest", method="eigsh", rng=0, progress=False).converged.all()
+
+
+def test_an_error_of_the_operator_stays_its_own():
+    def product(x):
+        raise TypeError("my own mistake")
+
+    with pytest.raises(TypeError, match=r"^my own mistake$"):
+        FisherOperator.of(LinearOperator((3, 3), product, rmatvec=lambda y: y, dtype=float))
+    with pytest.raises(TypeError, match=r"^my own mistake$"):
+        FisherOperator.of(LinearOperator((3, 3), lambda x: x, rmatvec=product, dtype=float))
