@@ -19,6 +19,7 @@ import importlib
 from typing import Any
 
 from fisherop.certificate import certify
+from fisherop.density import SpectralDensity
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.model.layers import LayerResponse
 from fisherop.model.linearize import Linearization, linearize
@@ -26,6 +27,7 @@ from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.principal import PrincipalDistortions, principal_distortions
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
 from fisherop.solve import eigenpairs
+from fisherop.spectrum import spectral_density
 from fisherop.triplets import SingularTriplets, singular_triplets
 
 __version__ = "0.1.0"
@@ -42,12 +44,14 @@ __all__ = [
     "PrincipalDistortions",
     "SingularTriplets",
     "SolverStopped",
+    "SpectralDensity",
     "Status",
     "certify",
     "eigenpairs",
     "linearize",
     "principal_distortions",
     "singular_triplets",
+    "spectral_density",
 ]
 _MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "testing")
 

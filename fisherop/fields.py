@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherop import checks
 from fisherop.certificate import check_index, check_orthonormal
+from fisherop.density import Quadrature
 from fisherop.result import Evidence, Nullity, Status
 
 TEXT = "text"
@@ -323,6 +324,8 @@ def _check_details(text: str, method: str) -> None:
     details = parse_details(text)
     if method == "golub_kahan":  # that of a solver of the user's may be anything
         parse_history(details.get("history", []))
+        for run in details.get("quadrature", []):
+            Quadrature(**run)
 
 
 def _shown(array: NDArray | Iterable) -> str:

@@ -11,16 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fisherop import checks
+from fisherop.curves import convergence, density, response_change, spectrum
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.panels import Panel, describe, draw, to_pictures, value_range
-from fisherop.result import EigenResult, Status
+from fisherop.result import EigenResult
 
-_MARKERS = {
-    Status.EIGENPAIR: "o",
-    Status.NULL: "v",
-    Status.NOT_EXTREME: "s",
-    Status.UNCONVERGED: "x",
-}
+__all__ = ["compare", "convergence", "density", "eigendistortions", "imshow", "response_change", "spectrum"]
 
 
 def imshow(
@@ -181,116 +177,6 @@ def compare(
             row.append(Panel(image + scale * distortions[i], limits, title))
         rows.append(row)
     return draw(rows, zoom=zoom)
-
-
-def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] | None = None) -> Figure:
-    """Draw the eigenvalues against their index, on a log scale, with the residuals ‖F v − λ v‖ as bars.
-
-    An eigenvalue below 10⁻¹⁶ λ_max is drawn there, with an arrow down.
-
-    Parameters
-    ----------
-    results : EigenResult or sequence of EigenResult
-        A colour each. Where their N differ, indices are drawn relative to N − 1.
-    names : sequence of str, optional
-        For the legend, by default the method.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    ValueError
-        There is no result, or `names` has another length.
-    """
-    results = [results] if isinstance(results, EigenResult) else results
-    results = checks.several("results", results, EigenResult, "an EigenResult, or a sequence of at least one")
-    names = [result.method for result in results] if names is None else names
-    names = checks.several("names", names, str, f"a text for each of the {len(results)} results", len(results))
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    ax = figure.subplots()
-    last, titles = results[0].image_size - 1, []
-    relative = len({result.image_size for result in results}) > 1
-    for number, (result, name) in enumerate(zip(results, names, strict=True)):
-        x = result.eigenindex / max(result.image_size - 1, 1) if relative else result.eigenindex
-        _draw_spectrum(ax, result, x, f"C{number}", f"{name}, " if len(results) > 1 else "")
-        titles.append(f"{name}: {len(result.eigenvalues)} eigenvalues, {result.n_products:g} products")
-    ax.set_yscale("log")
-    ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
-    ax.set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
-    ax.set_ylabel("eigenvalue of F, bars: residual")
-    ax.set_title("\n".join(titles), fontsize=10)
-    ax.legend(fontsize=8)
-    return figure
-
-
-def _draw_spectrum(ax: Axes, result: EigenResult, x: NDArray, colour: str, prefix: str) -> None:
-    top = result.lambda_max_bounds[0] or 1.0
-    floor = 1e-16 * top
-    below = result.eigenvalues < floor
-    heights = np.maximum(result.eigenvalues, floor)
-    for status, marker in _MARKERS.items():
-        chosen = result.status == status
-        if chosen.any():
-            y, residual = heights[chosen], result.residual_norms[chosen]
-            down = np.minimum(residual, y - floor) * (status != Status.NULL)  # which is anywhere below, down to zero
-            bars = np.vstack([down, residual])
-            label = f"{prefix}{status}"
-            ax.errorbar(x[chosen], y, bars, fmt=marker, color=colour, capsize=3, label=label, ms=5)
-    for place in x[below]:
-        arrow = {"arrowstyle": "->", "color": colour}
-        ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
-        ax.plot(place, floor / 30, alpha=0)  # makes room
-    ax.axhline(result.tol * top, color=colour, lw=1, ls="--", label=f"{prefix}tol · λ_max")
-
-
-def convergence(result: EigenResult) -> Figure:
-    """Draw the convergence of the pairs at each end against products: residuals, and values at the smallest end.
-
-    Parameters
-    ----------
-    result : EigenResult
-        With a ``history`` in its details, as ``"golub_kahan"`` leaves one.
-
-    Returns
-    -------
-    Figure
-        The largest of the k residuals at each end, relative to λ_max, on a log scale; dashed, the largest of the k
-        smallest Ritz values, which prove them null to tol once below the line of tol. Dots are what the certificate
-        found; grey is what products can't resolve.
-
-    Raises
-    ------
-    ValueError
-        The result has no history.
-    """
-    history = checks.instance("result", result, EigenResult, "an EigenResult").details.get("history")
-    if not history:
-        raise ValueError(f"the result of method {result.method!r} has no history: use method='golub_kahan'")
-    top = result.lambda_max_bounds[0] or 1.0
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    ax = figure.subplots()
-    products = np.array([entry["n_products"] for entry in history])
-    from_top = result.eigenindex == np.arange(len(result.eigenindex))
-    for end, colour, chosen in (("largest", "tab:blue", from_top), ("smallest", "tab:green", ~from_top)):
-        lines = {"residual": (1, "-", result.residual_norms), "value": (0, "--", result.eigenvalues)}
-        for name, (part, style, certified) in lines.items():
-            heights = [max(entry[end][part], default=np.nan) for entry in history]
-            if not chosen.any() or (name == "value" and end == "largest"):
-                continue
-            ax.plot(products, np.array(heights) / top, style, color=colour, lw=1.2, label=f"{end}, {name}")
-            ax.plot(result.n_products, certified[chosen].max() / top, "o", color=colour, ms=4)
-    ax.axhline(result.tol, color="0.6", lw=1, ls=":", label="tol")
-    ax.set_yscale("log")
-    if result.noise > 0:  # the solver's own residuals, from its small problem, fall further
-        ax.axhspan(result.noise / 100, result.noise, color="0.9", label="rounding")
-        ax.set_ylim(bottom=result.noise / 10)
-    ax.set_xlabel("products")
-    ax.set_ylabel("relative to λ_max, the worst of k")
-    ax.set_title(f"{result.method}: {result.n_products:g} products, dots by the certificate", fontsize=10)
-    ax.legend(fontsize=8)
-    return figure
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherop.density import Quadrature, SpectralDensity
+
 
 class Status(str, Enum):
     """What is known of a pair (λ, v); ``tol`` is relative to λ_max. Each text says what to make of it."""
@@ -121,6 +123,8 @@ class Answer:
         A bound of ‖J − Q Qᵀ J‖₂, Q being what a randomized method worked in.
     n_earlier : float
         Products of an earlier call that this one went on from.
+    quadratures : tuple of Quadrature
+        What each random vector that it started from says of the whole spectrum.
     """
 
     largest: NDArray
@@ -130,12 +134,14 @@ class Answer:
     details: Mapping[str, Any] = field(default_factory=dict)
     range_error: float | None = None
     n_earlier: float = 0.0
+    quadratures: tuple[Quadrature, ...] = ()
 
     def times(self, factor: float) -> Answer:
         """The answer for J times `factor`, of that for J."""
         bounds = self.bounds[0] * factor**2, self.bounds[1] * factor**2
         error = None if self.range_error is None else self.range_error * factor
-        return dataclasses.replace(self, bounds=bounds, range_error=error)
+        found = tuple(one.times(factor**2) for one in self.quadratures)
+        return dataclasses.replace(self, bounds=bounds, range_error=error, quadratures=found)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,6 +214,16 @@ class EigenResult:
     def converged(self) -> NDArray[np.bool_]:
         """Whether each pair holds, shape (K,)."""
         return np.isin(self.status.astype(str), [Status.EIGENPAIR, Status.NULL])
+
+    @property
+    def density(self) -> SpectralDensity | None:
+        """The spectrum of F by the random vectors that `golub_kahan` started from, usually one: no product more.
+
+        None where another method was used, a start was given, or a restart lost what it takes. See `spectral_density`
+        for more random vectors, and narrower bands.
+        """
+        runs = self.details.get("quadrature")
+        return SpectralDensity.of_runs(runs, self.image_size, self.n_products) if runs else None
 
     @property
     def ground(self) -> str:

@@ -106,7 +106,7 @@ def eigenpairs(
     RuntimeWarning
         J is zero, so that every vector is both extremes; or, with ``on_failure="warn"``, in place of the first error.
     """
-    operator = _fisher(operator)
+    operator = as_fisher(operator)
     n = operator.shape[0]
     k = checks.integer("k", k, 1, n, what=f"an integer from 1 to N = {n}")
     checks.choice("which", which, ("both", "largest", "smallest"))
@@ -159,8 +159,8 @@ def eigenpairs(
         details = why | dict(answer.details)
         if answer.range_error is not None:
             details["range_error"] = answer.range_error
-        if stopped is not None:
-            details["stopped"] = str(stopped)
+        details |= {"quadrature": [one.to_dict() for one in answer.quadratures]} if answer.quadratures else {}
+        details |= {} if stopped is None else {"stopped": str(stopped)}
 
         def examined() -> EigenResult:
             return certify(
@@ -267,7 +267,7 @@ def _certify_anew(
     return dataclasses.replace(anew, n_products=result.n_products + anew.n_products)
 
 
-def _fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
+def as_fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
     what = "a FisherOperator or a JacobianOperator"

@@ -16,6 +16,8 @@ import torch
 
 import fisherop
 import fisherop.combinators
+import fisherop.curves
+import fisherop.density
 import fisherop.eigendistortion
 import fisherop.images
 import fisherop.jacobian
@@ -62,6 +64,7 @@ ORDER = [
     "observed",
     "by_rows",
     "operators",
+    "density",
     "result",
     "sample",
     "certificate",
@@ -77,6 +80,7 @@ ORDER = [
     "advice",
     "solve",
     "triplets",
+    "spectrum",
     "principal",
     "atomic",
     "fields",
@@ -87,12 +91,13 @@ ORDER = [
     "eigendistortion",
     "images",
     "panels",
+    "curves",
     "plot",
     "plenoptic_files",
     "plenoptic",
     "testing",
 ]
-MAY_IMPORT_MATPLOTLIB = {"panels", "plot", "plenoptic", "images"}  # the last for its photograph
+MAY_IMPORT_MATPLOTLIB = {"panels", "curves", "plot", "plenoptic", "images"}  # the last for its photograph
 
 
 def imports(path):
@@ -131,7 +136,7 @@ def test_no_file_is_long(path):
 def public():
     """Public names, and the methods and properties that their classes define."""
     modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
-    modules += [fisherop.combinators, fisherop.noise, fisherop.spaces]
+    modules += [fisherop.combinators, fisherop.noise, fisherop.spaces, fisherop.curves, fisherop.density]
     for module in modules:
         for name, value in vars(module).items():
             own = (

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
+from fisherop.density import Quadrature
 from fisherop.jacobian import Jacobian, Scaled, check_size, comfortable_exponent, triangle
 from fisherop.krylov.bounds import RitzPairs
 from fisherop.krylov.orthogonalize import combine, eigh, inner, orthonormalize, orthonormalize_beside, project
@@ -219,6 +220,16 @@ class LanczosFactorization:
             start = shares[~shares[:, self.m :].any(axis=1), : self.m]
         return RitzPairs(theta, residuals, y, start, self.n, self.noise, self.eps)
 
+    def quadratures(self, count: int) -> list[Quadrature]:
+        """What each of the first random vectors says of the spectrum of F itself; nothing after a restart."""
+        shares, unit, found = self.shares, self.scale**2, []
+        for start in [] if shares is None else shares[:count, : self.m]:
+            t, beta = _jacobi(self.t, self.c, start)
+            theta, y = eigh(t)
+            noise = unit * self.noise * self.n**0.5
+            found.append(Quadrature(unit * theta, y[0], unit * beta * y[-1], noise))
+        return found
+
     def vectors(self, y: NDArray) -> Tensor:
         """V y, as rows, for coefficients in columns."""
         return self.tensor(y.T) @ self.v
@@ -246,3 +257,24 @@ class LanczosFactorization:
                 project(w, basis)
             w, r = orthonormalize_beside(w, basis, floor=0.0)
             self._publish(w, ((t + t.T) / 2).numpy(), r @ (c @ q).numpy(), None)
+
+
+def _jacobi(t: NDArray, c: NDArray, start: NDArray) -> tuple[NDArray[np.float64], float]:
+    """The Jacobi matrix, and β, of the Krylov space of one vector V s within V: as far as F V q = V T q, or C q = 0.
+
+    With one start vector that is T itself.
+    """
+    q, diagonal, beside = start[:, None] / np.linalg.norm(start), [], []
+    while True:
+        w = t @ q[:, -1]
+        diagonal.append(float(q[:, -1] @ w))
+        for _ in range(2):
+            w -= q @ (q.T @ w)
+        outside = np.linalg.norm(c @ q[:, -1])
+        beta = float(np.hypot(np.linalg.norm(w), outside))
+        is_invariant = beta <= len(t) * _EPS64 * np.abs(t).max()
+        if outside > 0 or is_invariant or q.shape[1] == len(t):
+            beta = 0.0 if is_invariant else beta
+            return np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1), beta
+        beside.append(beta)
+        q = np.column_stack([q, w / beta])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import checks
+from fisherop.density import Quadrature
 from fisherop.jacobian import Products
 from fisherop.krylov.bounds import DELTA, Bounds, RitzPairs
 from fisherop.krylov.lanczos import LanczosFactorization
@@ -202,6 +203,7 @@ class Search:
         self.found = self.fixed = self._nothing
         self.chance = 0.0
         self.nullity: Nullity | None = None
+        self.quadratures: list[Quadrature] = []
         if self.fact.shares is not None:
             self.bounds = Bounds()
         self.log.begin(J, maxiter, callback)
@@ -326,7 +328,8 @@ class Search:
         vectors = rows.flip(0).T.cpu().numpy()
         top = min(self.goal.top, vectors.shape[1])
         details = {"restarts": self.log.restarts, "history": self.log.history} | dict(details or {})
-        return Answer(vectors[:, :top], vectors[:, top:], evidence, bounds, details, n_earlier=self.log.earlier)
+        ends, earlier = (vectors[:, :top], vectors[:, top:]), self.log.earlier
+        return Answer(*ends, evidence, bounds, details, n_earlier=earlier, quadratures=tuple(self.quadratures))
 
     @property
     def found_rows(self) -> Tensor:

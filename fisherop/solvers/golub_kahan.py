@@ -146,6 +146,8 @@ def golub_kahan(
         if search.phase == "main":
             _begin(search, v0)
             ritz = converge(search)
+            if search.start.vectors is not None and not len(search.given):
+                search.quadratures = search.fact.quadratures(search.start.count)
             null = ritz.values <= goal.tol * search.log.largest
             if goal.bottom and null.any():
                 search.nullity = search.estimate_number(ritz.coefficients[:, null])

@@ -1,0 +1,246 @@
+"""Curves of finished results, drawn by matplotlib; `fisherop.plot` holds them, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fisherop import checks
+from fisherop.density import SpectralDensity
+from fisherop.eigendistortion import Eigendistortion
+from fisherop.result import EigenResult, Status
+
+_MARKERS = {
+    Status.EIGENPAIR: "o",
+    Status.NULL: "v",
+    Status.NOT_EXTREME: "s",
+    Status.UNCONVERGED: "x",
+}
+
+
+def spectrum(results: EigenResult | Sequence[EigenResult], names: Sequence[str] | None = None) -> Figure:
+    """Draw the eigenvalues against their index, on a log scale, with the residuals ‖F v − λ v‖ as bars.
+
+    An eigenvalue below 10⁻¹⁶ λ_max is drawn there, with an arrow down.
+
+    Parameters
+    ----------
+    results : EigenResult or sequence of EigenResult
+        A colour each. Where their N differ, indices are drawn relative to N − 1.
+    names : sequence of str, optional
+        For the legend, by default the method.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        There is no result, or `names` has another length.
+    """
+    results = [results] if isinstance(results, EigenResult) else results
+    results = checks.several("results", results, EigenResult, "an EigenResult, or a sequence of at least one")
+    names = [result.method for result in results] if names is None else names
+    names = checks.several("names", names, str, f"a text for each of the {len(results)} results", len(results))
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    last, titles = results[0].image_size - 1, []
+    relative = len({result.image_size for result in results}) > 1
+    for number, (result, name) in enumerate(zip(results, names, strict=True)):
+        x = result.eigenindex / max(result.image_size - 1, 1) if relative else result.eigenindex
+        _draw_spectrum(ax, result, x, f"C{number}", f"{name}, " if len(results) > 1 else "")
+        titles.append(f"{name}: {len(result.eigenvalues)} eigenvalues, {result.n_products:g} products")
+    ax.set_yscale("log")
+    ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
+    ax.set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
+    ax.set_ylabel("eigenvalue of F, bars: residual")
+    ax.set_title("\n".join(titles), fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def _draw_spectrum(ax: Axes, result: EigenResult, x: NDArray, colour: str, prefix: str) -> None:
+    top = result.lambda_max_bounds[0] or 1.0
+    floor = 1e-16 * top
+    below = result.eigenvalues < floor
+    heights = np.maximum(result.eigenvalues, floor)
+    for status, marker in _MARKERS.items():
+        chosen = result.status == status
+        if chosen.any():
+            y, residual = heights[chosen], result.residual_norms[chosen]
+            down = np.minimum(residual, y - floor) * (status != Status.NULL)  # which is anywhere below, down to zero
+            bars = np.vstack([down, residual])
+            label = f"{prefix}{status}"
+            ax.errorbar(x[chosen], y, bars, fmt=marker, color=colour, capsize=3, label=label, ms=5)
+    for place in x[below]:
+        arrow = {"arrowstyle": "->", "color": colour}
+        ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
+        ax.plot(place, floor / 30, alpha=0)  # makes room
+    ax.axhline(result.tol * top, color=colour, lw=1, ls="--", label=f"{prefix}tol · λ_max")
+
+
+def convergence(result: EigenResult) -> Figure:
+    """Draw the convergence of the pairs at each end against products: residuals, and values at the smallest end.
+
+    Parameters
+    ----------
+    result : EigenResult
+        With a ``history`` in its details, as ``"golub_kahan"`` leaves one.
+
+    Returns
+    -------
+    Figure
+        The largest of the k residuals at each end, relative to λ_max, on a log scale; dashed, the largest of the k
+        smallest Ritz values, which prove them null to tol once below the line of tol. Dots are what the certificate
+        found; grey is what products can't resolve.
+
+    Raises
+    ------
+    ValueError
+        The result has no history.
+    """
+    history = checks.instance("result", result, EigenResult, "an EigenResult").details.get("history")
+    if not history:
+        raise ValueError(f"the result of method {result.method!r} has no history: use method='golub_kahan'")
+    top = result.lambda_max_bounds[0] or 1.0
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    products = np.array([entry["n_products"] for entry in history])
+    from_top = result.eigenindex == np.arange(len(result.eigenindex))
+    for end, colour, chosen in (("largest", "tab:blue", from_top), ("smallest", "tab:green", ~from_top)):
+        lines = {"residual": (1, "-", result.residual_norms), "value": (0, "--", result.eigenvalues)}
+        for name, (part, style, certified) in lines.items():
+            heights = [max(entry[end][part], default=np.nan) for entry in history]
+            if not chosen.any() or (name == "value" and end == "largest"):
+                continue
+            ax.plot(products, np.array(heights) / top, style, color=colour, lw=1.2, label=f"{end}, {name}")
+            ax.plot(result.n_products, certified[chosen].max() / top, "o", color=colour, ms=4)
+    ax.axhline(result.tol, color="0.6", lw=1, ls=":", label="tol")
+    ax.set_yscale("log")
+    if result.noise > 0:  # the solver's own residuals, from its small problem, fall further
+        ax.axhspan(result.noise / 100, result.noise, color="0.9", label="rounding")
+        ax.set_ylim(bottom=result.noise / 10)
+    ax.set_xlabel("products")
+    ax.set_ylabel("relative to λ_max, the worst of k")
+    ax.set_title(f"{result.method}: {result.n_products:g} products, dots by the certificate", fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def density(densities: SpectralDensity | Sequence[SpectralDensity], names: Sequence[str] | None = None) -> Figure:
+    """Draw how the eigenvalues are spread over decades below λ_max, and how many are below each size, with 95 % bands.
+
+    Parameters
+    ----------
+    densities : SpectralDensity or sequence of SpectralDensity
+        By `spectral_density`, or the ``density`` of a result by `golub_kahan`. A colour each.
+    names : sequence of str, optional
+        For the legend, by default the number of random vectors.
+
+    Returns
+    -------
+    Figure
+        Above, eigenvalues per decade, each spread over a quarter of one; below, how many are smaller. What is below
+        the smallest node that a Krylov space has shown, or below 10⁻¹² λ_max, is left out above, and counted below.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to draw, `names` has another length, or J is zero.
+    """
+    densities = [densities] if isinstance(densities, SpectralDensity) else densities
+    densities = checks.several("densities", densities, SpectralDensity, "a SpectralDensity, or a sequence of them")
+    if names is None:
+        names = ["exact" if one.is_exact else f"{one.n_probes} random vectors" for one in densities]
+    names = checks.several("names", names, str, f"a text for each of the {len(densities)} densities", len(densities))
+    if min(one.lambda_max for one in densities) == 0:
+        raise ValueError("J is zero, so that there is no spectrum to draw")
+    least = min(float(run.nodes.min()) / one.lambda_max for one in densities for run in one.runs)
+    start = float(np.clip(np.log10(max(least, 1e-12)) - 0.5, -12.5, -1.0))
+    decades, steps = np.linspace(start, 0.5, 200), np.linspace(start, 0.0, 25)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for number, (one, name) in enumerate(zip(densities, names, strict=True)):
+        colour = f"C{number}"
+        value, low, high = one.density(decades)
+        above.plot(10**decades, value, color=colour, lw=1.2, label=name)
+        above.fill_between(10**decades, low, high, color=colour, alpha=0.25, lw=0)
+        counts = np.array([one.count_below(float(x)) for x in 10**steps])
+        below.plot(10**steps, counts[:, 0], color=colour, lw=1.2)
+        below.fill_between(10**steps, counts[:, 2], counts[:, 3], color=colour, alpha=0.25, lw=0)
+    above.set_ylabel("eigenvalues per decade")
+    above.legend(fontsize=8)
+    below.set_xscale("log")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_ylim(bottom=0)
+    below.set_ylabel("eigenvalues below")
+    below.set_xlabel("λ / λ_max (bands: 95 %)")
+    return figure
+
+
+def response_change(
+    ed: Eigendistortion, indices: int | Sequence[int] = (0, -1), deviation: float = 0.1, points: int = 40
+) -> Figure:
+    """Draw how far the response moves along distortions, as F predicts it and in truth, against the amplitude.
+
+    Parameters
+    ----------
+    ed : Eigendistortion
+        After `synthesize`.
+    indices : int or sequence of int
+        Positions among the distortions found: 0 for the most noticeable, −1 for the least. A colour each.
+    deviation : float
+        A dot marks where prediction and truth part by this much, as `Eigendistortion.linear_range` finds it.
+    points : int
+        Amplitudes of each line.
+
+    Returns
+    -------
+    Figure
+        Dashed, √λ · amplitude; full, the change of the response, in units of its noise, in the one and in the other
+        direction. The dotted line is a change of 1, which is d′ = 1.
+
+    Raises
+    ------
+    ValueError
+        Nothing has been synthesized yet.
+    IndexError
+        There is no such distortion.
+    """
+    checks.instance("ed", ed, Eigendistortion, "an Eigendistortion")
+    if ed.result is None or len(ed.result.eigenvalues) == 0:
+        raise ValueError("there are no eigendistortions to show: call synthesize() first")
+    result, points = ed.result, checks.integer("points", points, 2)
+    indices = checks.integers("indices", indices)
+    indices = [checks.position("indices", i, len(result.eigenvalues), "eigendistortions found") for i in indices]
+    ends = [ed.linear_range(i, deviation) for i in indices]
+    size = max(float(np.linalg.norm(ed.image.detach().cpu().double().numpy())), 1.0)
+    places = [x for x in ends if 0 < x < np.inf] or [0.1 * size]
+    amplitudes = np.geomspace(min(places) / 30, min(10 * max(places), 10 * size), points)
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for number, (i, end) in enumerate(zip(indices, ends, strict=True)):
+        colour, value = f"C{number}", float(result.eigenvalues[i])
+        if value > 0:
+            label = f"index {result.eigenindex[i]}, predicted"
+            ax.plot(amplitudes, value**0.5 * amplitudes, "--", color=colour, lw=1, label=label)
+        for sign, style in ((1, "-"), (-1, "-.")):
+            _, actual = ed.response_change(i, sign * amplitudes)
+            label = f"index {result.eigenindex[i]}, {'+' if sign > 0 else '−'} amplitude"
+            ax.plot(amplitudes, actual, style, color=colour, lw=1.2, label=label)
+        if 0 < end < np.inf:
+            label = f"parted by {100 * deviation:.3g} %" if number == 0 else None
+            ax.plot(end, value**0.5 * end, "o", color=colour, ms=6, label=label)
+    ax.axhline(1.0, color="0.6", lw=1, ls=":")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("amplitude, the norm of the change in the image's units")
+    ax.set_ylabel("change of the response, d′")
+    ax.set_title("how far F's prediction holds", fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
