@@ -5,10 +5,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class OnOff(nn.Module):
-    """The On–Off model of the retina and LGN, fitted to human judgements of distortions: (1, 1, H, W) → (1, 2, H, W).
+class FrontEnd(nn.Module):
+    """Models of the retina and LGN, fitted to human judgements of distortions: (1, 1, H, W) → (1, C, H, W).
 
-    Two centre–surround channels, each with luminance and contrast gain control, and a softplus.
+    Centre–surround channels, with luminance gain control, with contrast gain control, and a softplus. Widths of the
+    Gaussians are in pixels, and there is one number for each channel.
 
     References
     ----------
@@ -17,28 +18,63 @@ class OnOff(nn.Module):
     """
 
     kernel_size = 31
-    centre_std = (1.237, 0.3233)  # pixels; first the on channel, then the off channel
-    surround_std = (30.12, 2.184)
-    luminance_std = (76.4, 2.184)
-    luminance_scale = (3.2637, 14.3961)
-    contrast_std = (7.49, 2.43)
-    contrast_scale = (7.3405, 16.7423)
     amplitude = 1.25
+    signs: tuple[float, ...] = (1.0,)
+    centre_std: tuple[float, ...]
+    surround_std: tuple[float, ...]
+    luminance_std: tuple[float, ...] = ()
+    luminance_scale: tuple[float, ...] = ()
+    contrast_std: tuple[float, ...] = ()
+    contrast_scale: tuple[float, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("centre", "surround", "luminance", "contrast"):
-            self.register_buffer(name, gaussians(getattr(self, f"{name}_std"), self.kernel_size))
-        self.register_buffer("polarity", torch.tensor([1.0, -1.0]).reshape(2, 1, 1))
-        self.register_buffer("a", torch.tensor(self.luminance_scale).reshape(2, 1, 1))
-        self.register_buffer("b", torch.tensor(self.contrast_scale).reshape(2, 1, 1))
+            if getattr(self, f"{name}_std"):
+                self.register_buffer(name, gaussians(getattr(self, f"{name}_std"), self.kernel_size))
+        self.register_buffer("polarity", torch.tensor(self.signs).reshape(-1, 1, 1))
+        self.register_buffer("a", torch.tensor(self.luminance_scale).reshape(-1, 1, 1))
+        self.register_buffer("b", torch.tensor(self.contrast_scale).reshape(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        image = image.expand(-1, 2, -1, -1)
-        linear = self.amplitude * self.polarity * (blur(image, self.centre) - blur(image, self.surround))
-        normalised = linear / (1 + self.a * blur(image, self.luminance))
-        contrast = blur(normalised**2, self.contrast).sqrt() + 1e-6
-        return functional.softplus(normalised / (1 + self.b * contrast))
+        image = image.expand(-1, len(self.signs), -1, -1)
+        y = self.amplitude * self.polarity * (blur(image, self.centre) - blur(image, self.surround))
+        if self.luminance_std:
+            y = y / (1 + self.a * blur(image, self.luminance))
+        if self.contrast_std:
+            contrast = blur(y**2, self.contrast).sqrt() + 1e-6
+            y = y / (1 + self.b * contrast)
+        return functional.softplus(y)
+
+
+class LinearNonlinear(FrontEnd):
+    """A centre–surround filter and a softplus."""
+
+    centre_std, surround_std = (0.5339,), (6.148,)
+
+
+class LuminanceGain(FrontEnd):
+    """With luminance gain control."""
+
+    centre_std, surround_std = (1.962,), (4.235,)
+    luminance_std, luminance_scale = (4.235,), (14.95,)
+
+
+class LuminanceContrastGain(FrontEnd):
+    """With luminance and contrast gain control."""
+
+    centre_std, surround_std = (0.7363,), (48.37,)
+    luminance_std, luminance_scale = (170.99,), (2.94,)
+    contrast_std, contrast_scale = (2.658,), (34.03,)
+
+
+class OnOff(FrontEnd):
+    """Two channels, on and off, each with luminance and contrast gain control."""
+
+    signs = (1.0, -1.0)
+    centre_std, surround_std = (1.237, 0.3233), (30.12, 2.184)
+    luminance_std, luminance_scale = (76.4, 2.184), (3.2637, 14.3961)
+    contrast_std, contrast_scale = (7.49, 2.43), (7.3405, 16.7423)
 
 
 def gaussians(stds: tuple[float, ...], size: int) -> Tensor:

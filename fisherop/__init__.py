@@ -7,7 +7,8 @@ For users of SciPy: `JacobianOperator` and `FisherOperator` are SciPy's ``Linear
 image or, by their method ``of``, of any matrix. `eigenpairs` finds both ends of F's spectrum, `singular_triplets` those
 of any matrix, and `certify` judges vectors that another solver found.
 
-`principal_distortions` finds the changes that tell two models apart best.
+`principal_distortions` finds the changes that tell two models, or several, apart best. `spectral_density` estimates how
+all eigenvalues are spread.
 
 Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.plot`
 (figures), `fisherop.images` (photographs and test images), `fisherop.testing` (for your own tests),
@@ -25,6 +26,7 @@ from fisherop.model.layers import LayerResponse
 from fisherop.model.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.principal import PrincipalDistortions, principal_distortions
+from fisherop.principal_pair import PrincipalPair, principal_pair
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
 from fisherop.solve import eigenpairs
 from fisherop.spectrum import spectral_density
@@ -42,6 +44,7 @@ __all__ = [
     "LayerResponse",
     "Linearization",
     "PrincipalDistortions",
+    "PrincipalPair",
     "SingularTriplets",
     "SolverStopped",
     "SpectralDensity",
@@ -50,6 +53,7 @@ __all__ = [
     "eigenpairs",
     "linearize",
     "principal_distortions",
+    "principal_pair",
     "singular_triplets",
     "spectral_density",
 ]

@@ -19,12 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisherop import checks
 
-_WIDE = 1.959963984540054  # standard deviations on either side of 95 % of a normal distribution
-_TAIL = 0.025
+_TAIL = 0.0125  # at each end of a band of 95 %: half of what is allowed, since the variance is an estimate, too
+_WIDE = float(scipy.special.ndtri(1 - _TAIL))  # standard deviations
 
 
 class Estimate(NamedTuple):
-    """A value, its standard error, and the band from `low` to `high` in which the truth lies with probability 0.95."""
+    """A value, its standard error, and the band from `low` to `high` in which the truth lies with probability 0.95.
+
+    Of a normal distribution it would hold 0.975: the standard error is estimated, too.
+    """
 
     value: float
     error: float
@@ -332,7 +335,7 @@ def _radau(run: Quadrature, function: Callable[[NDArray[np.float64]], NDArray[np
 
 
 def _fewest(share: float, n: int, probes: int) -> float:
-    """The smallest number of n directions whose share in random vectors reaches this with a probability of 0.025."""
+    """The smallest number of n directions whose share in random vectors reaches this with the probability of a tail."""
     share = min(max(share, 0.0), 1.0)
     low, high = 0.0, float(n)
     if share <= 0:

@@ -8,24 +8,20 @@ principal distortions, ICLR 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherop import checks
 from fisherop.krylov.pencil import Pairs, Side, look_beyond, search
-from fisherop.operators import FisherOperator, counted
+from fisherop.operators import FisherOperator
+from fisherop.principal_pair import PrincipalPair, as_operator, largest, principal_pair, share, watched
 from fisherop.result import ConvergenceError
-from fisherop.sample import Sample
-from fisherop.solve import eigenpairs
-
-_FLOAT32_LEAST = 1e-4  # of the regularization
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,23 +100,29 @@ class PrincipalDistortions:
         return "\n".join(lines)
 
 
+@overload
+def principal_distortions(
+    image: Tensor, model_a: Any, model_b: Callable[[Tensor], Any] | FisherOperator, *args: Any, **options: Any
+) -> PrincipalDistortions: ...
+@overload
+def principal_distortions(image: Tensor, model_a: Sequence[Any], **options: Any) -> PrincipalPair: ...
 def principal_distortions(
     image: Tensor,
-    model_a: Callable[[Tensor], Any] | FisherOperator,
-    model_b: Callable[[Tensor], Any] | FisherOperator,
+    model_a: Callable[[Tensor], Any] | FisherOperator | Sequence[Any],
+    model_b: Callable[[Tensor], Any] | FisherOperator | None = None,
     k: int = 1,
     which: str = "both",
     *,
     regularization: float = 1e-3,
-    tol: float = 0.01,
+    tol: float | None = None,
     maxiter: int | None = None,
     rng: int | np.random.Generator | None = None,
     factor: float = 2.0,
     progress: bool = True,
     on_failure: str = "raise",
     **options: Any,
-) -> PrincipalDistortions:
-    """The distortions that model A notices most relative to model B, and least.
+) -> PrincipalDistortions | PrincipalPair:
+    """The distortions that model A notices most relative to model B, and least; or the pair that tells several apart.
 
     Both Fisher matrices are regularized by ε of their largest eigenvalues, so that exchanging the models inverts the
     eigenvalues, and directions which neither model notices don't win. Extremes within a subspace, or in a metric, or
@@ -130,16 +132,17 @@ def principal_distortions(
     ----------
     image : Tensor, shape ``image_shape``
     model_a, model_b : callable, nn.Module or FisherOperator
-        Models of the image, or operators of them at it, with noise, subspace and metric of their own.
+        Models of the image, or operators of them at it, with noise, subspace and metric of their own. Or a sequence of
+        two or more of them as `model_a`, and no `model_b`: that is `principal_pair`, which takes other options.
     k : int
         How many at each end.
     which : {"both", "largest", "smallest"}
         The ends: "largest" is what A notices most relative to B.
     regularization : float
         The share ε of each largest eigenvalue. In float32 at least 1e-4, below which products can't tell.
-    tol : float
-        Relative, for the bound of an eigenvalue's error; the error itself was below 1e-5 for the default of 0.01 in
-        all that was measured at ε = 1e-3. A tol of 0.1 may settle on another eigenvalue.
+    tol : float, optional
+        Relative, for the bound of an eigenvalue's error, by default 0.01; the error itself was below 1e-5 then in all
+        that was measured at ε = 1e-3. A tol of 0.1 may settle on another eigenvalue.
     maxiter : int, optional
         Steps, by default 1,500, each of some products.
     rng : int or Generator, optional
@@ -156,7 +159,7 @@ def principal_distortions(
     Returns
     -------
     PrincipalDistortions
-        The k largest and the k smallest, by descending eigenvalue.
+        The k largest and the k smallest, by descending eigenvalue; of several models a `PrincipalPair`.
 
     Raises
     ------
@@ -165,7 +168,13 @@ def principal_distortions(
     TypeError, ValueError
         An argument can't be used, the models' images differ, or the response of one doesn't change with the image.
     """
-    operators = [_operator(name, m, image, options) for name, m in (("model_a", model_a), ("model_b", model_b))]
+    if model_b is None:
+        if (k, which, factor) != (1, "both", 2.0):
+            raise TypeError("k, which and factor are for two models, model_a and model_b: of several there is one pair")
+        common = {"regularization": regularization, "maxiter": maxiter, "rng": rng, "progress": progress}
+        models: Any = model_a
+        return principal_pair(image, models, tol=tol, on_failure=on_failure, **common, **options)
+    operators = [as_operator(name, m, image, options) for name, m in (("model_a", model_a), ("model_b", model_b))]
     n = operators[0].shape[0]
     if operators[1].shape[0] != n or operators[0].dtype != operators[1].dtype:
         raise ValueError(
@@ -174,22 +183,15 @@ def principal_distortions(
         )
     checks.choice("which", which, ("both", "largest", "smallest"))
     k = int(checks.integer("k", k, 1, max(1, n // (1 + (which == "both")))))
-    eps = _regularization(regularization, operators[0].dtype)
-    tol = checks.number("tol", tol, "a number between 0 and 0.1", lambda tol: 0 < tol <= 0.1)
+    eps = share(regularization, operators[0].dtype)
+    tol = checks.number("tol", 0.01 if tol is None else tol, "a number between 0 and 0.1", lambda tol: 0 < tol <= 0.1)
     factor = checks.number("factor", factor, "a number above 1", lambda factor: factor > 1)
     steps = int(checks.integer("maxiter", maxiter, 1, optional=True) or 1500)
     checks.choice("on_failure", on_failure, ("raise", "warn"))
     progress, rng = checks.flag("progress", progress), checks.spawned(rng)
     top, bottom = (k if which in (end, "both") else 0 for end in ("largest", "smallest"))
-    own = [counted(operator) for operator in operators]
-    with tqdm(desc="principal distortions", unit=" products", delay=1, disable=not progress) as bar:
-        for operator in own:
-            operator.products.on_product = bar.update
-        try:
-            return _find(own, top, bottom, eps, tol, steps, rng, factor, on_failure)
-        finally:
-            for operator in own:
-                operator.products.on_product = None
+    with watched(operators, progress) as own:
+        return _find(own, top, bottom, eps, tol, steps, rng, factor, on_failure)
 
 
 def _find(
@@ -203,9 +205,7 @@ def _find(
     factor: float,
     on_failure: str,
 ) -> PrincipalDistortions:
-    a, b = sides = [
-        Side(one.products, _largest(name, one, rng), eps) for name, one in zip("AB", operators, strict=True)
-    ]
+    a, b = sides = [Side(one.products, largest(name, one, rng), eps) for name, one in zip("AB", operators, strict=True)]
     n = operators[0].shape[0]
     history: list[dict[str, Any]] = []
 
@@ -300,27 +300,3 @@ def _measured(
         n_products=(operators[0].n_products, operators[1].n_products),
         details={"history": history},
     )
-
-
-def _largest(name: str, operator: FisherOperator, rng: np.random.Generator) -> float:
-    """λ_max, from below: what regularization is relative to."""
-    if Sample.of(operator, rng).size == 0:
-        raise ValueError(f"the response of model {name} doesn't change with the image: J is zero")
-    found = eigenpairs(operator, 1, "largest", tol=1e-4, rng=rng, progress=False, method="golub_kahan")
-    return float(found.eigenvalues[0])
-
-
-def _regularization(value: float, dtype: np.dtype) -> float:
-    least = _FLOAT32_LEAST if dtype == np.float32 else 0.0
-    eps = checks.number("regularization", value, "a number between 0 and 1", lambda eps: 0 < eps < 1)
-    if eps < least:
-        checks.refuse(ValueError, "regularization", f"at least {least:g} in float32", value, "use a float64 image")
-    return eps
-
-
-def _operator(name: str, model: Any, image: Tensor, options: dict[str, Any]) -> FisherOperator:
-    if isinstance(model, FisherOperator):
-        if options:
-            raise TypeError(f"{name} is an operator, which has options of its own: make it with {', '.join(options)}")
-        return model
-    return FisherOperator(image, model, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -109,8 +111,8 @@ def _run(J: Jacobian, storage: torch.Tensor, rng: np.random.Generator) -> Quadra
 
 def _exact(operator: FisherOperator) -> Quadrature:
     """The eigenvalues that aren't known to be zero, as squares of the singular values of the dense J."""
-    dense = operator.jacobian.to_dense().astype(np.float64)
+    dense: Any = operator.jacobian.to_dense().astype(np.float64)
     dense = dense if dense.shape[0] >= dense.shape[1] else dense.T
-    sigma = scipy.linalg.svdvals(scipy.linalg.qr(dense, mode="r", overwrite_a=True)[0][: dense.shape[1]])
+    sigma: Any = scipy.linalg.svdvals(scipy.linalg.qr(dense, mode="r", overwrite_a=True)[0][: dense.shape[1]])
     n = len(sigma)
     return Quadrature(sigma[::-1] ** 2, np.full(n, n**-0.5), np.zeros(n), 0.0)

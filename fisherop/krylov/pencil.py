@@ -79,10 +79,10 @@ def search(
     ga, gb, m = np.empty((0, 0)), np.empty((0, 0)), 0
     new, last = start, np.empty((0, 0))
     for _ in range(maxiter):
-        new = _beside(new, v[:m])[: capacity - m]
+        new = beside(new, v[:m])[: capacity - m]
         end = m + len(new)
         v[m:end], fa[m:end], fb[m:end] = new, a.times_f(new), b.times_f(new)
-        ga, gb = (_bordered(g, inner(v[:end], f[m:end])) for g, f in ((ga, fa), (gb, fb)))
+        ga, gb = (bordered(g, inner(v[:end], f[m:end])) for g, f in ((ga, fa), (gb, fb)))
         m = end
         theta, y = scipy.linalg.eigh(ga + eps * np.eye(m), gb + eps * np.eye(m))
         wanted = np.r_[m - 1 : m - 1 - min(top, m) : -1, min(bottom, m) - 1 : -1 : -1][: top + bottom]
@@ -99,7 +99,7 @@ def search(
             return Pairs(theta[wanted], ritz, bounds), True
         new = residuals[open_] if open_ else torch.randn_like(ritz[:1])
         if min(a.n_products, b.n_products) >= _PLAIN:
-            new = torch.cat([_solve(b if i < top else a, residuals[i : i + 1]) for i in open_])
+            new = torch.cat([solve(b if i < top else a, residuals[i : i + 1]) for i in open_])
         if m + len(new) > capacity < n:
             kept = _KEPT if not (top and bottom) else _KEPT // 2
             ends = np.unique(np.r_[: kept if bottom else 0, m - (kept if top else 0) : m])
@@ -119,7 +119,7 @@ def _first(is_open: NDArray[np.bool_], there: NDArray[np.bool_]) -> int | None:
     return int(found[0]) if len(found) else None
 
 
-def _beside(rows: Tensor, basis: Tensor) -> Tensor:
+def beside(rows: Tensor, basis: Tensor) -> Tensor:
     """Unit vectors that span, with the basis, what the rows add to it."""
     new = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     for _ in range(3):
@@ -128,7 +128,7 @@ def _beside(rows: Tensor, basis: Tensor) -> Tensor:
     return new
 
 
-def _bordered(g: NDArray, columns: NDArray) -> NDArray:
+def bordered(g: NDArray, columns: NDArray) -> NDArray:
     """A symmetric matrix with new last columns (m, b)."""
     old = len(g)
     out = np.zeros((len(columns), len(columns)))
@@ -139,7 +139,7 @@ def _bordered(g: NDArray, columns: NDArray) -> NDArray:
     return out
 
 
-def _solve(side: Side, residual: Tensor) -> Tensor:
+def solve(side: Any, residual: Tensor) -> Tensor:
     """Some steps of conjugate gradients on side · t = residual."""
     t, r = torch.zeros_like(residual), residual.clone()
     p, rr = r.clone(), float(inner(r, r)[0, 0])
@@ -147,7 +147,10 @@ def _solve(side: Side, residual: Tensor) -> Tensor:
         if rr == 0:
             break
         bp = side.times(p)
-        alpha = rr / float(inner(p, bp)[0, 0])
+        curvature = float(inner(p, bp)[0, 0])
+        if curvature <= 0:  # of a vector that is only rounding
+            break
+        alpha = rr / curvature
         t.add_(p, alpha=alpha)
         r.add_(bp, alpha=-alpha)
         before, rr = rr, float(inner(r, r)[0, 0])
@@ -183,7 +186,7 @@ def look_beyond(a: Side, b: Side, limit: float, found: Pairs, rng: np.random.Gen
     w = torch.as_tensor(rng.standard_normal((1, n)), dtype=like.dtype, device=like.device)
     t, beta = np.zeros((0, 0)), 0.0
     for j in range(steps):
-        new = _beside(w, basis[:j])
+        new = beside(w, basis[:j])
         if len(new) == 0:
             break
         basis[j] = new[0]
