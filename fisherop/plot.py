@@ -16,7 +16,16 @@ from fisherop.eigendistortion import Eigendistortion
 from fisherop.panels import Panel, describe, draw, to_pictures, value_range
 from fisherop.result import EigenResult
 
-__all__ = ["compare", "convergence", "density", "eigendistortions", "imshow", "response_change", "spectrum"]
+__all__ = [
+    "compare",
+    "convergence",
+    "density",
+    "distortions",
+    "eigendistortions",
+    "imshow",
+    "response_change",
+    "spectrum",
+]
 
 
 def imshow(
@@ -177,6 +186,59 @@ def compare(
             row.append(Panel(image + scale * distortions[i], limits, title))
         rows.append(row)
     return draw(rows, zoom=zoom)
+
+
+def distortions(
+    image: Tensor | ArrayLike,
+    changes: Tensor | ArrayLike,
+    titles: Sequence[str] | None = None,
+    scale: float | None = None,
+    vrange: tuple[float, float] | None = None,
+    zoom: int | None = None,
+) -> Figure:
+    """Show an image, and the image plus each of some changes, all at one scale, whoever found them.
+
+    Parameters
+    ----------
+    image : Tensor or array_like, shape image_shape
+        Grey, ``(..., height, width)``, or in colour, ``(..., 3, height, width)``.
+    changes : Tensor or array_like, shape (K, *image_shape)
+        As of `principal_distortions`, or of ``operator.to_tensors(result.eigenvectors)``.
+    titles : sequence of str, optional
+        For each change.
+    scale, vrange, zoom
+        As in `eigendistortions`.
+
+    Returns
+    -------
+    Figure
+        Two rows: above the image plus each change, below the changes alone, each on its own symmetric scale.
+
+    Raises
+    ------
+    ValueError
+        The image is neither grey nor in colour, the changes don't fit it, or there isn't a title for each.
+    """
+    pictures = to_pictures(image)
+    if len(pictures) != 1:
+        raise ValueError(f"image must be grey or have three channels, got {len(pictures)} channels")
+    picture, size = pictures[0], pictures[0].size
+    changes = changes.detach().cpu().numpy() if isinstance(changes, Tensor) else np.asarray(changes)
+    if changes.ndim < 3 or len(changes) == 0 or changes[0].size != size:
+        what = f"an array of shape (K, ...), each of the image's {size} elements"
+        checks.refuse(ValueError, "changes", what, changes)
+    alone = [to_pictures(change, name="changes")[0] for change in changes]
+    titles = [""] * len(alone) if titles is None else titles
+    titles = checks.several("titles", titles, str, f"a text for each of the {len(alone)} changes", len(alone))
+    limits = value_range([picture], vrange)
+    scale = _scale(scale, limits, size)
+    above: list[Panel | None] = [Panel(picture, limits, f"image\n{describe(limits)}")]
+    below: list[Panel | None] = [None]
+    for change, title in zip(alone, titles, strict=True):
+        peak = float(np.abs(change).max()) or 1.0
+        above.append(Panel(picture + scale * change, limits, f"{title}\n+ {scale:.3g} × this"))
+        below.append(Panel(change, (-peak, peak), describe((-peak, peak))))
+    return draw([above, below], zoom=zoom)
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:

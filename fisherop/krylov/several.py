@@ -196,5 +196,5 @@ def _within(gram: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) ->
     found = [(one / np.linalg.norm(one, axis=1)[:, None]).ravel() for one in first]
     if len(found) > 1:  # a rough climb from each
         found = [z for _, z in sorted((climbed(z, 50, 1e-5) for z in found), key=lambda one: -one[0])]
-    x = climbed(found[0], 1000, 1e-15)[1].reshape(2, m) @ inverse
+    x = climbed(found[0], 1000, 1e-12)[1].reshape(2, m) @ inverse
     return x / np.linalg.norm(x, axis=1)[:, None]
