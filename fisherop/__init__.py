@@ -26,8 +26,8 @@ from fisherop.model.layers import LayerResponse
 from fisherop.model.linearize import Linearization, linearize
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.principal import PrincipalDistortions, principal_distortions
-from fisherop.principal_pair import PrincipalPair, principal_pair
 from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped, Status
+from fisherop.several_models import PrincipalPair, principal_pair
 from fisherop.solve import eigenpairs
 from fisherop.spectrum import spectral_density
 from fisherop.triplets import SingularTriplets, singular_triplets

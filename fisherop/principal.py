@@ -20,8 +20,8 @@ from torch import Tensor
 from fisherop import checks
 from fisherop.krylov.pencil import Pairs, Side, look_beyond, search
 from fisherop.operators import FisherOperator
-from fisherop.principal_pair import PrincipalPair, as_operator, largest, principal_pair, share, watched
 from fisherop.result import ConvergenceError
+from fisherop.several_models import PrincipalPair, as_operator, largest, principal_pair, share, watched
 
 
 @dataclass(frozen=True, eq=False, repr=False)

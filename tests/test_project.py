@@ -83,7 +83,7 @@ ORDER = [
     "solve",
     "triplets",
     "spectrum",
-    "principal_pair",
+    "several_models",
     "principal",
     "atomic",
     "fields",
