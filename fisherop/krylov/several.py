@@ -161,12 +161,12 @@ def _of_parts(gram: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     the answer. There are all divisions of up to `_DIVIDED` models, else all pairs, and each one against the rest.
     """
     n, found = len(gram), []
-    divisions = [[(i,), (j,)] for i in range(n) for j in range(i)]
+    divisions: list[tuple[tuple[int, ...], ...]] = [((i,), (j,)) for i in range(n) for j in range(i)]
     sizes = range(1, n // 2 + 1) if n <= _DIVIDED else [1]
     for size in sizes:
         for part in itertools.combinations(range(n), size):
             if n > 2 and (2 * size < n or 0 in part):
-                divisions.append([part, tuple(i for i in range(n) if i not in part)])
+                divisions.append((part, tuple(i for i in range(n) if i not in part)))
     for one, other in divisions:
         _, y = scipy.linalg.eigh(gram[list(one)].mean(axis=0), gram[list(other)].mean(axis=0))
         x = y[:, [-1, 0]].T / np.linalg.norm(y[:, [-1, 0]], axis=0)[:, None]
