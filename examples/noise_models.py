@@ -21,11 +21,13 @@ eds = {
     name: Eigendistortion(photograph, OnOff().double().eval(), noise=kind).synthesize(rng=0)
     for name, kind in noises.items()
 }
-print("Root mean square per pixel at threshold, d′ = 1 in units of each noise")
-print(f"{'noise':>26}  {'most noticeable':>15}  {'least noticeable':>16}")
+print("Norm at threshold, d′ = 1 in units of each noise, as F predicts it; and how far its prediction holds, to 10 %")
+print(f"{'noise':>26}  {'most noticeable':>15}  {'holds to':>8}  {'least noticeable':>16}  {'holds to':>8}")
 for name, ed in eds.items():
-    most, least = ed.detection_thresholds()[1]
-    print(f"{name:>26}  {most:>15.3g}  {least:>16.3g}")
+    most, least = ed.detection_thresholds()[0]
+    near, far = ed.linear_range(0), ed.linear_range(-1)
+    print(f"{name:>26}  {most:>15.3g}  {near:>8.2g}  {least:>16.3g}  {far:>8.2g}")
+print("Beyond that, ed.response_change tells how far the response moves in truth.")
 fisherop.plot.compare(list(eds.values()), list(eds), zoom=3).savefig("noise_models.png")
 
 # %% A classifier gives probabilities. What changes them most? Only differences of the logits count, so that the

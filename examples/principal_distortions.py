@@ -17,7 +17,7 @@ face = images.photograph(dtype=torch.float64)[..., 110:366, 130:386]
 grey = functional.avg_pool2d(face.mean(1, keepdim=True), 5)
 found = principal_distortions(grey, OnOff().double().eval(), LinearNonlinear().double().eval(), rng=0)
 print("A is On–Off, B the linear–nonlinear model\n", found, "\n", sep="")
-titles = ["On–Off notices it,\nthe linear–nonlinear model less", "the other way round"]
+titles = ["On–Off notices it,\nthe linear–nonlinear model less", "the linear–nonlinear model\nnotices it, On–Off less"]
 fisherop.plot.distortions(grey, found.distortions, titles).savefig("principal_front_ends.png")
 
 # %% Two layers of one network
@@ -28,7 +28,7 @@ layers = [nn.Sequential(Normalise(), LayerResponse(network, name)).double().eval
 colour = functional.avg_pool2d(face, 8)
 found = principal_distortions(colour, *layers, rng=0, regularization=1e-2)
 print("A is maxpool, B is layer2.0\n", found, "\n", sep="")
-titles = ["maxpool notices it,\nlayer2.0 less", "the other way round"]
+titles = ["maxpool notices it,\nlayer2.0 less", "layer2.0 notices it,\nmaxpool less"]
 fisherop.plot.distortions(colour, found.distortions, titles).savefig("principal_layers.png")
 
 # %% Three models: the pair of distortions that they rank most differently
@@ -38,7 +38,7 @@ models = [model.double().eval() for model in models]
 pair = principal_distortions(grey, models, rng=0, tol=1e-3, n_starts=2)
 print(pair)
 for name, (first, second) in zip(names, pair.thresholds.T, strict=True):
-    print(f"{name:>18} needs {first / second:.3g} times as much of the first as of the second")
+    print(f"{name:>18} has a threshold for the first that is {first / second:.3g} times that for the second")
 titles = ["the first of the pair", "the second"]
 fisherop.plot.distortions(grey, pair.distortions, titles).savefig("principal_three.png")
 print("\nFigures: principal_front_ends.png, principal_layers.png, principal_three.png")

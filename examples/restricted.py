@@ -1,4 +1,4 @@
-"""Eigendistortions within an aperture, of luminance, of low frequencies, and in a metric of contrast sensitivity.
+"""Eigendistortions within an aperture, achromatic, of low frequencies, and in a metric of contrast sensitivity.
 
 J. L. Mannos and D. J. Sakrison, The effects of a visual fidelity criterion on the encoding of images, IEEE Trans. Inf.
 Theory 20 (1974): the sensitivity of people to a grating of f cycles per degree is 2.6 (0.0192 + 0.114 f)
@@ -25,11 +25,10 @@ model = nn.Sequential(Normalise(), LayerResponse(network, "layer1")).double().ev
 
 # %% Subspaces: what lies outside is not in the search at all, so that no minimum is found there
 disc = np.hypot(*np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]) < 0.7
-luminance = np.array([0.299, 0.587, 0.114])
 cases = {
     "whole image": {},
     "aperture": {"subspace": spaces.mask(disc)},
-    "luminance": {"subspace": spaces.channels(luminance)},
+    "achromatic": {"subspace": spaces.channels([1, 1, 1])},
     "below 8 cycles per image": {"subspace": spaces.bandpass((SIZE, SIZE), 0, 8)},
 }
 
@@ -60,6 +59,7 @@ for name, ed in eds.items():
     top, bottom = ed.result.eigenvalues[[0, -1]]
     counts = f"{ed.result.image_size:>6} dimensions, {ed.result.n_products:>4g} products"
     print(f"{name:>26}: {counts}, λ from {bottom:.3g} to {top:.3g}")
+print("The last λ are per unit of that metric; the figures show all distortions at one Euclidean norm.")
 outside = eds["aperture"].eigendistortions[..., torch.as_tensor(~disc)].abs().max()
 print(f"Outside the aperture the distortions are {outside:g}.")
 for which, index in (("most", 0), ("least", -1)):

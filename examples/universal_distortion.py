@@ -1,4 +1,4 @@
-"""One change that a model notices in many photographs, and one that it overlooks in all of them."""
+"""One change that a model notices most in many photographs, on average, and one that it notices least."""
 
 import torch
 from models import OnOff
@@ -19,7 +19,7 @@ universal = F.to_tensors(result.eigenvectors)
 
 # %% How noticeable are they in each patch, beside that patch's own extremes?
 print("\nHow far unit distortions move the response in each patch, ‖J v‖")
-print(f"{'patch':>5}  {'own most':>9}  {'universal':>9}  {'universal':>9}  {'own least':>9}")
+print(f"{'patch':>5}  {'own most':>9}  {'common +':>9}  {'common −':>9}  {'own least':>9}")
 for i, patch in enumerate(patches[:6]):
     ed = Eigendistortion(patch, model).synthesize(tol=1e-4, rng=0)
     moved = ed.operator.linearization.jvp(universal.reshape(2, *ed.operator.image_shape)).flatten(1).norm(dim=1)
@@ -29,8 +29,8 @@ for i, patch in enumerate(patches[:6]):
 # %% The same two changes, added to several patches
 shown = [patches[i] for i in (0, 1, 5, 9)]
 rows = [torch.cat([patch, *(patch + 3 * change.reshape(patch.shape) for change in universal)], -1) for patch in shown]
-title = "four patches, and the same most and least noticeable change"
+title = "a patch, with the most, and with the least noticeable change of all twelve"
 fisherop.plot.imshow(torch.cat(rows, -2), title, vrange=(0, 1), zoom=3).savefig("universal_distortion.png")
-titles = ["most noticeable in all", "least noticeable in all"]
+titles = ["most noticeable on average", "least noticeable on average"]
 fisherop.plot.distortions(patches[0], universal, titles, scale=3).savefig("universal_alone.png")
 print("\nFigures: universal_distortion.png, universal_alone.png")

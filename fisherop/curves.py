@@ -145,8 +145,9 @@ def density(densities: SpectralDensity | Sequence[SpectralDensity], names: Seque
     Returns
     -------
     Figure
-        Above, eigenvalues per decade, each spread over a quarter of one; below, how many are smaller. What is below
-        the smallest node that a Krylov space has shown, or below 10⁻¹² λ_max, is left out above, and counted below.
+        Above, eigenvalues per decade, each spread over a quarter of one; below, how many are smaller. Where there is a
+        band and no line, it takes more steps to tell. What is below the smallest node that a Krylov space has shown, or
+        below 10⁻¹² λ_max, is left out above, and counted below.
 
     Raises
     ------
@@ -160,18 +161,21 @@ def density(densities: SpectralDensity | Sequence[SpectralDensity], names: Seque
     names = checks.several("names", names, str, f"a text for each of the {len(densities)} densities", len(densities))
     if min(one.lambda_max for one in densities) == 0:
         raise ValueError("J is zero, so that there is no spectrum to draw")
-    least = min(float(run.nodes.min()) / one.lambda_max for one in densities for run in one.runs)
+    least = min(float(run.nodes.min()) for one in densities for run in one.runs)
     start = float(np.clip(np.log10(max(least, 1e-12)) - 0.5, -12.5, -1.0))
-    decades, steps = np.linspace(start, 0.5, 200), np.linspace(start, 0.0, 25)
+    decades, steps = np.linspace(start, 0.0, 200), np.linspace(start, 0.0, 40)
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for number, (one, name) in enumerate(zip(densities, names, strict=True)):
         colour = f"C{number}"
         value, low, high = one.density(decades)
-        above.plot(10**decades, value, color=colour, lw=1.2, label=name)
+        label = f"{name}, N = {one.image_size}"
+        is_known = high - low <= 2 * value + 0.1 * value.max()
+        above.plot(10**decades, np.where(is_known, value, np.nan), color=colour, lw=1.2, label=label)
         above.fill_between(10**decades, low, high, color=colour, alpha=0.25, lw=0)
         counts = np.array([one.count_below(float(x)) for x in 10**steps])
-        below.plot(10**steps, counts[:, 0], color=colour, lw=1.2)
+        is_known = counts[:, 3] - counts[:, 2] <= np.maximum(counts[:, 0], 3)
+        below.plot(10**steps, np.where(is_known, counts[:, 0], np.nan), color=colour, lw=1.2)
         below.fill_between(10**steps, counts[:, 2], counts[:, 3], color=colour, alpha=0.25, lw=0)
     above.set_ylabel("eigenvalues per decade")
     above.legend(fontsize=8)
@@ -224,14 +228,16 @@ def response_change(
     amplitudes = np.geomspace(min(places) / 30, min(10 * max(places), 10 * size), points)
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     ax = figure.subplots()
+    words = {0: "most noticeable", result.image_size - 1: "least noticeable"}
     for number, (i, end) in enumerate(zip(indices, ends, strict=True)):
         colour, value = f"C{number}", float(result.eigenvalues[i])
+        name = words.get(int(result.eigenindex[i]), f"index {result.eigenindex[i]}")
         if value > 0:
-            label = f"index {result.eigenindex[i]}, predicted"
+            label = f"{name}, predicted"
             ax.plot(amplitudes, value**0.5 * amplitudes, "--", color=colour, lw=1, label=label)
         for sign, style in ((1, "-"), (-1, "-.")):
             _, actual = ed.response_change(i, sign * amplitudes)
-            label = f"index {result.eigenindex[i]}, {'+' if sign > 0 else '−'} amplitude"
+            label = f"{name}, {'+' if sign > 0 else '−'} amplitude"
             ax.plot(amplitudes, actual, style, color=colour, lw=1.2, label=label)
         if 0 < end < np.inf:
             label = f"parted by {100 * deviation:.3g} %" if number == 0 else None

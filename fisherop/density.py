@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,13 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def times(self, factor: float) -> Estimate:
+        """Of `factor` times the same."""
+        return Estimate(*(factor * x for x in self))
+
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.value:.6g}, exactly"
         return f"{self.value:.4g} ± {self.error:.1g} (95 %: {self.low:.4g} to {self.high:.4g})"
 
 
@@ -123,13 +129,13 @@ class SpectralDensity:
     """How many eigenvalues F has, and of which size, of the whole spectrum (N in all).
 
     Estimates come from random vectors v, for which N vᵀf(F)v is tr f(F) on average. The variance of that is 2 N / (N +
-    2) · (tr f(F)² − (tr f(F))² / N), and both traces are estimated, too. Bands add what the quadrature leaves open,
+    2) · Σ (f(λ) − tr f(F) / N)², which is estimated, too. Bands add what the quadrature leaves open,
     where a bound of that is known.
 
     Attributes
     ----------
     runs : tuple of Quadrature
-        One of each random vector.
+        One of each random vector, of F / λ_max.
     image_size : int
         N.
     n_zeros : int
@@ -137,7 +143,7 @@ class SpectralDensity:
     is_exact : bool
         Whether the nodes are the eigenvalues themselves.
     lambda_max : float
-        The largest eigenvalue that was seen, relative to which sizes are given.
+        The largest eigenvalue that was seen.
     n_products : float
     """
 
@@ -157,7 +163,7 @@ class SpectralDensity:
         lines = [
             f"spectrum of F ({self.image_size} × {self.image_size}), by {by}, {self.n_products:g} products",
             "",
-            f"tr F                 {self.trace_of(lambda x: x)}",
+            f"tr F                 {self._of(lambda x: x).times(self.lambda_max)}",
             f"tr F / λ_max         {self.effective_dimension}",
             f"(tr F)² / tr F²      {self.participation_ratio}",
         ]
@@ -172,27 +178,25 @@ class SpectralDensity:
     @property
     def trace(self) -> float:
         """tr F."""
-        return self.trace_of(lambda x: x).value
+        return self._of(lambda x: x).value * self.lambda_max
 
     @property
     def trace_error(self) -> float:
         """One standard error of `trace`."""
-        return self.trace_of(lambda x: x).error
+        return self._of(lambda x: x).error * self.lambda_max
 
     @property
     def effective_dimension(self) -> Estimate:
         """tr F / λ_max: as many directions as noticeable as the first would give this trace."""
-        if self.lambda_max == 0:
-            return Estimate(0.0, 0.0, 0.0, 0.0)
-        return self.trace_of(lambda x: x / self.lambda_max)
+        return self._of(lambda x: x)
 
     @property
     def participation_ratio(self) -> Estimate:
         """(tr F)² / tr F², the number of eigenvalues if all are equal; its error is that of the linear terms."""
-        first, second = (self.trace_of(f).value for f in (lambda x: x, lambda x: x**2))
+        first, second = (self._of(f).value for f in (lambda x: x, lambda x: x**2))
         if second == 0:
             return Estimate(0.0, 0.0, 0.0, 0.0)
-        error = self.trace_of(lambda x: 2 * first / second * x - (first / second) ** 2 * x**2).error
+        error = self._of(lambda x: 2 * first / second * x - (first / second) ** 2 * x**2).error
         value = first**2 / second
         return Estimate(value, error, max(value - _WIDE * error, 1.0), min(value + _WIDE * error, self.image_size))
 
@@ -203,11 +207,18 @@ class SpectralDensity:
         steps of a run.
         """
         checks.function("function", function)
-        at_zero = float(np.ravel(function(np.zeros(1)))[0]) if self.n_zeros else 0.0
-        return self._estimate(self._mean(function), self._mean(lambda x: np.square(function(x))), at_zero)
+        scale = self.lambda_max
+
+        def checked(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            values = checks.array("what function gives", function(scale * x), (len(x),))
+            return values.astype(np.float64)
+
+        return self._of(checked)
 
     def log_det(self, epsilon: float) -> Estimate:
-        """log det(F / λ_max + ε I). Its band holds the error of the quadrature, by rules that bound it on both sides.
+        """log det(F / λ_max + ε I): that of F + ε λ_max I, less N log λ_max.
+
+        Its band holds the error of the quadrature, by rules that bound it on both sides.
 
         Raises
         ------
@@ -219,14 +230,13 @@ class SpectralDensity:
             raise ValueError("J is zero, so that F / λ_max is not defined")
 
         def function(x: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.log(x.clip(min=0.0) / self.lambda_max + epsilon)
+            return np.log(x.clip(min=0.0) + epsilon)
 
         # derivatives of even order are negative, those of odd order positive: Gauss is above, Radau from 0 below
-        above = self._mean(function)
-        below = float(np.mean([_radau(run, function) for run in self.runs]))
-        middle, half = (above + below) / 2, self._n * abs(above - below) / 2
-        found = self._estimate(middle, self._mean(lambda x: function(x) ** 2), math.log(epsilon))
-        return found._replace(low=found.low - half, high=found.high + half)
+        above, below = self._of(function), self._of(function, _radau)
+        error = max(above.error, below.error)
+        middle, half = (above.value + below.value) / 2, abs(above.value - below.value) / 2 + _WIDE * error
+        return Estimate(middle, error, middle - half, middle + half)
 
     def count_below(self, threshold: float) -> Estimate:
         """How many eigenvalues are below `threshold` · λ_max: directions that the model does not notice.
@@ -244,12 +254,12 @@ class SpectralDensity:
         n, probes, zeros = self._n, self.n_probes, self.n_zeros
         if self.lambda_max == 0:
             return Estimate(*[float(self.image_size)] * 4)._replace(error=0.0)
-        x = threshold * self.lambda_max
-        if self.is_exact:
-            count = float((self.runs[0].nodes < x).sum() + zeros)
+        if self.is_exact or threshold > 2:
+            count = float(((self.runs[0].nodes < threshold).sum() if threshold <= 2 else n) + zeros)
             return Estimate(count, 0.0, count, count)
-        low, high = np.mean([run.shares_below(x) for run in self.runs], axis=0)
-        count = n * min(max(self._mean(lambda nodes: nodes < x), low), high)
+        low, high = np.mean([run.shares_below(threshold) for run in self.runs], axis=0)
+        share = np.mean([run.start[run.nodes < threshold] @ run.start[run.nodes < threshold] for run in self.runs])
+        count = n * min(max(float(share), low), high)
         half = n * (high - low) / 2
         error = math.sqrt(2 * n / (n + 2) * count * max(1 - count / n, 0.0) / probes)
         least, most = _fewest(low, n, probes), n - _fewest(1 - high, n, probes)
@@ -273,7 +283,9 @@ class SpectralDensity:
             few to tell where the eigenvalues are. Those that are zero are nowhere.
         """
         decades = checks.array("decades", decades, ("p",)).astype(np.float64)
-        width = checks.number("width", width, "a number above 0", lambda width: width > 0)
+        width = checks.number("width", width, "a number from 0.01 to 10", lambda width: 0.01 <= width <= 10)
+        if (np.abs(decades) > 300).any():
+            checks.refuse(ValueError, "decades", "numbers from −300 to 300", decades)
         out = np.zeros((3, len(decades)))
         if self.lambda_max == 0 or len(decades) == 0:
             return tuple(out)
@@ -283,17 +295,18 @@ class SpectralDensity:
 
         def of(x: NDArray[np.float64], place: float) -> NDArray[np.float64]:
             with np.errstate(divide="ignore"):
-                return kernel(np.log10(x / self.lambda_max), place)
+                return kernel(np.log10(x), place)
 
         # the density is −∫ kernel′(t) n(t) dt, n(t) the number below, which lies between bounds, in each piece of t
-        pieces = np.arange(decades.min() - 5 * width, decades.max() + 5 * width, width / 8)
-        below = np.mean([run.curves_below(10**pieces * self.lambda_max) for run in self.runs], axis=0)
-        least, most = self._n * below[0, :-1], self._n * below[1, 1:]
+        least, most = min(decades.min(), 0.0), max(decades.max(), 0.0)
+        pieces = np.arange(max(least, -30.0) - 5 * width, min(most, 1.0) + 5 * width, width / 8)
+        below = self._n * np.mean([run.curves_below(10**pieces) for run in self.runs], axis=0)
         for i, place in enumerate(decades.tolist()):
-            value, error, _, _ = self.trace_of(functools.partial(of, place=place))
+            value, error, _, _ = self._of(functools.partial(of, place=place))
             fall = -np.diff(kernel(pieces, place))
             up, down = fall.clip(min=0.0), fall.clip(max=0.0)
-            low, high = (float(bound) for bound in (up @ least + down @ most, up @ most + down @ least))
+            low = float(up @ below[0, :-1] + down @ below[1, 1:])
+            high = float(up @ below[1, 1:] + down @ below[0, :-1])
             if self.is_exact:
                 low = high = value
             out[:, i] = value, max(min(low, value) - _WIDE * error, 0.0), max(high, value) + _WIDE * error
@@ -304,34 +317,45 @@ class SpectralDensity:
         """The dimension that the random vectors are of."""
         return self.image_size - self.n_zeros
 
-    def _mean(self, function: Callable[[NDArray[np.float64]], ArrayLike]) -> float:
-        """That of vᵀf(F)v over the random vectors, by Gauss quadrature."""
-        means = []
-        for run in self.runs:
-            nodes, weights = run.gauss()
-            means.append(weights @ np.asarray(function(nodes), dtype=np.float64))
-        return float(np.mean(means))
+    def _of(
+        self,
+        function: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+        rule: Callable[[Quadrature], tuple[NDArray[np.float64], NDArray[np.float64]]] = Quadrature.gauss,
+    ) -> Estimate:
+        """tr f(F / λ_max), for a function of nodes, by a rule.
 
-    def _estimate(self, mean: float, mean_square: float, at_zero: float) -> Estimate:
-        n = self._n
-        value = n * mean + self.n_zeros * at_zero
+        For the variance, each node stands for an eigenvalue at least: its weight may be less by chance, and then the
+        variance, too, would be too small.
+        """
+        n, rules = self._n, [rule(run) for run in self.runs]
+        values = [np.asarray(function(nodes), dtype=np.float64) for nodes, _ in rules]
+        at_zero = float(np.asarray(function(np.zeros(1)), dtype=np.float64)[0]) if self.n_zeros else 0.0
+        peak = max(float(np.abs(f).max(initial=0.0)) for f in values) or 1.0  # squares stay in range
+        mean = float(np.mean([weights @ (f / peak) for (_, weights), f in zip(rules, values, strict=True)]))
+        value = n * mean * peak + self.n_zeros * at_zero
         if self.is_exact:
             return Estimate(value, 0.0, value, value)
-        error = n * math.sqrt(2 / (n + 2) * max(mean_square - mean**2, 0.0) / self.n_probes)
+        squares = [(f / peak - mean) ** 2 for f in values]
+        variance = np.mean([np.maximum(w, 1 / n) @ square for (_, w), square in zip(rules, squares, strict=True)])
+        error = n * peak * math.sqrt(2 / (n + 2) * float(variance) / self.n_probes)
         return Estimate(value, error, value - _WIDE * error, value + _WIDE * error)
 
     @classmethod
-    def of_runs(cls, runs: Iterable[Mapping[str, Any]], image_size: int, n_products: float) -> SpectralDensity:
-        """From quadratures of F that were taken apart by `Quadrature.to_dict`."""
-        found = tuple(Quadrature(**run) for run in runs)
-        top = max(float(run.nodes.max(initial=0.0)) for run in found)
-        return cls(found, image_size, 0, False, top, n_products)
+    def of_runs(
+        cls, runs: Iterable[Quadrature], image_size: int, n_products: float, n_zeros: int = 0, is_exact: bool = False
+    ) -> SpectralDensity:
+        """From quadratures of F."""
+        found = list(runs)
+        top = max(max(float(run.nodes.max(initial=0.0)) for run in found), 0.0)
+        n_zeros = 0 if top == 0 else n_zeros
+        runs = found if top == 0 else [run.times(1 / top) for run in found]
+        return cls(tuple(runs), image_size, n_zeros, is_exact, top, n_products)
 
 
-def _radau(run: Quadrature, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> float:
-    """vᵀf(F)v by the rule with a node at 0."""
-    values, weights, at_zero = run.radau(0.0)
-    return float(weights @ function(values) + at_zero * function(np.zeros(1))[0])
+def _radau(run: Quadrature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The rule with a node at 0."""
+    nodes, weights, at_zero = run.radau(0.0)
+    return np.r_[0.0, nodes.clip(min=0.0)], np.r_[at_zero, weights]
 
 
 def _fewest(share: float, n: int, probes: int) -> float:

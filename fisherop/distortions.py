@@ -51,9 +51,14 @@ class Distortions(BuiltAnew):
         Returns
         -------
         amplitudes, rms : ndarray, shape (K,)
-            By what the distortion is multiplied, its norm in the image's units unless there is a metric, and the root
-            mean square of that per element of the image. Infinite where λ can't be told from zero, below 4 ε² λ_max
-            with ε the `noise` of products.
+            By what the distortion is multiplied, its norm in the image's units unless there is a metric or a mask of
+            soft edge, and the root mean square of that per element of the image. Infinite where λ can't be told from
+            zero, below 4 ε² λ_max with ε the `noise` of products.
+
+        Notes
+        -----
+        This is what F predicts for small changes. Beyond `linear_range` the response moves by another amount, which
+        `response_change` tells.
 
         Raises
         ------
@@ -81,8 +86,8 @@ class Distortions(BuiltAnew):
         Returns
         -------
         predicted, actual : ndarray of the shape of `scale`
-            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂, both in units of the noise. The latter is
-            only rounding if it is below the resolution of f in the image's dtype.
+            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂, both in units of the noise at the image. The
+            latter is only rounding if it is below the resolution of f in the image's dtype.
 
         Raises
         ------
@@ -153,7 +158,10 @@ class Distortions(BuiltAnew):
 
     @property
     def eigendistortions(self) -> Tensor | None:
-        """Unit-norm changes of the image, shape (K, ...) where ... is the image's without a leading dimension of 1."""
+        """Changes of the image, shape (K, ...) where ... is the image's without a leading dimension of 1.
+
+        Of unit Euclidean norm, or, with a metric or a mask of soft edge, of norm 1 in that.
+        """
         if self.result is None:
             return None
         distortions = self.operator.to_tensors(self.result.eigenvectors)

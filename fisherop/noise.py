@@ -198,7 +198,8 @@ class Categorical:
     Parameters
     ----------
     dim : int
-        The dimension of the classes, as of `torch.softmax`; a choice is made at each place of the others.
+        The dimension of the classes, as of `torch.softmax`; a choice is made at each place of the others. Of a map
+        (1, C, h, w) whose channels are classes it is 1.
     """
 
     dim: int = -1

@@ -96,7 +96,8 @@ def eigendistortions(
     indices : int or sequence of int
         Positions among the distortions found: 0 for the most noticeable, −1 for the least.
     scale : float, optional
-        The distortion's norm in the image's units, one for all rows. By default its RMS is 5 % of `vrange`.
+        What distortions are multiplied by, one for all rows: their norm in the image's units, unless there is a metric
+        or a mask of soft edge. By default the RMS of a unit norm is 5 % of `vrange`.
     vrange : (float, float), optional
         Black and white of the image: by default (0, 1) where the image keeps to it, else its minimum and maximum.
     zoom : int, optional
@@ -223,11 +224,15 @@ def distortions(
     if len(pictures) != 1:
         raise ValueError(f"image must be grey or have three channels, got {len(pictures)} channels")
     picture, size = pictures[0], pictures[0].size
-    changes = changes.detach().cpu().numpy() if isinstance(changes, Tensor) else np.asarray(changes)
-    if changes.ndim < 3 or len(changes) == 0 or changes[0].size != size:
-        what = f"an array of shape (K, ...), each of the image's {size} elements"
-        checks.refuse(ValueError, "changes", what, changes)
+    if isinstance(changes, Tensor):
+        changes = changes.detach()
+    changes = checks.array("changes", changes, what="an array of shape (K, ...), of the image's shape after K")
+    if changes.ndim < 3 or len(changes) == 0:
+        checks.refuse(ValueError, "changes", "of shape (K, ...), of the image's shape after K", changes)
     alone = [to_pictures(change, name="changes")[0] for change in changes]
+    if alone[0].shape != picture.shape:
+        what = f"pictures of the image's height, width and channels, {picture.shape}"
+        checks.refuse(ValueError, "changes", what, changes)
     titles = [""] * len(alone) if titles is None else titles
     titles = checks.several("titles", titles, str, f"a text for each of the {len(alone)} changes", len(alone))
     limits = value_range([picture], vrange)
@@ -236,7 +241,7 @@ def distortions(
     below: list[Panel | None] = [None]
     for change, title in zip(alone, titles, strict=True):
         peak = float(np.abs(change).max()) or 1.0
-        above.append(Panel(picture + scale * change, limits, f"{title}\n+ {scale:.3g} × this"))
+        above.append(Panel(picture + scale * change, limits, f"{title}\nimage + {scale:.3g} × the change below"))
         below.append(Panel(change, (-peak, peak), describe((-peak, peak))))
     return draw([above, below], zoom=zoom)
 

@@ -78,6 +78,8 @@ def pool(
     memory : int
         Bytes.
     """
+    if isinstance(images, Tensor):
+        checks.refuse(TypeError, "images", "a sequence of images", images, "use images.split(1)")
     images = checks.several("images", images, Tensor, "a sequence of at least one image, each a tensor")
     weights = [1 / len(images)] * len(images) if weights is None else list(weights)
     if len(weights) != len(images):

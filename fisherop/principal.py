@@ -21,7 +21,7 @@ from fisherop import checks
 from fisherop.krylov.pencil import Pairs, Side, look_beyond, search
 from fisherop.operators import FisherOperator
 from fisherop.result import ConvergenceError
-from fisherop.several_models import PrincipalPair, as_operator, largest, principal_pair, share, watched
+from fisherop.several_models import PrincipalPair, as_operator, check_same, largest, principal_pair, share, watched
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +47,8 @@ class PrincipalDistortions:
         Whether the distortion is more one of the regularization than of the models: phi_b > 0.5 where the eigenvalue
         is above 1, phi_a > 0.5 where it is below. It changes with ε then.
     thresholds : ndarray, shape (K, 2)
-        The norms at which model A and model B notice the distortion, d′ = 1 in units of the noise: 1 / √(vᵀF v).
+        By what a distortion is multiplied, its Euclidean norm, for model A and model B to notice it, d′ = 1 in units of
+        the noise: 1 / √(vᵀF v). That is the linear prediction, see `Eigendistortion.linear_range`.
     beyond : ndarray, shape (2,)
         No other eigenvalue is above the first and below the second, but for a chance of 10⁻³ each; infinity and 0 where
         this could not be shown.
@@ -96,6 +97,8 @@ class PrincipalDistortions:
                 f"{self.thresholds[i, 0]:>11.3g}  {self.thresholds[i, 1]:>11.3g}  {status}"
             )
         above, below = self.beyond
+        if np.abs(np.log(self.eigenvalues)).max() < 1e-6:
+            lines += ["", "the models do not differ at this image, but for their scale"]
         lines += ["", f"no other eigenvalue above {above:.4g} or below {below:.4g}, but for a chance of 0.001 each"]
         return "\n".join(lines)
 
@@ -168,24 +171,24 @@ def principal_distortions(
     TypeError, ValueError
         An argument can't be used, the models' images differ, or the response of one doesn't change with the image.
     """
+    checks.choice("which", which, ("both", "largest", "smallest"))
+    factor = checks.number("factor", factor, "a number above 1", lambda factor: factor > 1)
     if model_b is None:
-        if (k, which, factor) != (1, "both", 2.0):
+        if (checks.integer("k", k), which, factor) != (1, "both", 2.0):
             raise TypeError("k, which and factor are for two models, model_a and model_b: of several there is one pair")
         common = {"regularization": regularization, "maxiter": maxiter, "rng": rng, "progress": progress}
         models: Any = model_a
         return principal_pair(image, models, tol=tol, on_failure=on_failure, **common, **options)
+    several = sorted({"n_starts", "basis_memory", "box", "scale"} & set(options))
+    if several or not isinstance(k, int | np.integer):
+        what = ", ".join(several) if several else "a third model"
+        raise TypeError(f"{what} goes with a list of models, as in principal_distortions(image, [model_a, model_b])")
     operators = [as_operator(name, m, image, options) for name, m in (("model_a", model_a), ("model_b", model_b))]
+    check_same(operators, ["model_a", "model_b"])
     n = operators[0].shape[0]
-    if operators[1].shape[0] != n or operators[0].dtype != operators[1].dtype:
-        raise ValueError(
-            f"model_a and model_b must have the same image, got {n} elements of {operators[0].dtype} and "
-            f"{operators[1].shape[0]} of {operators[1].dtype}"
-        )
-    checks.choice("which", which, ("both", "largest", "smallest"))
     k = int(checks.integer("k", k, 1, max(1, n // (1 + (which == "both")))))
     eps = share(regularization, operators[0].dtype)
     tol = checks.number("tol", 0.01 if tol is None else tol, "a number between 0 and 0.1", lambda tol: 0 < tol <= 0.1)
-    factor = checks.number("factor", factor, "a number above 1", lambda factor: factor > 1)
     steps = int(checks.integer("maxiter", maxiter, 1, optional=True) or 1500)
     checks.choice("on_failure", on_failure, ("raise", "warn"))
     progress, rng = checks.flag("progress", progress), checks.spawned(rng)
@@ -282,7 +285,8 @@ def _measured(
         thresholds = 1 / np.sqrt(np.stack([own_a, own_b], axis=1))
         plain = np.where(seen[1], own_a, math.inf) / np.where(seen[1], own_b, 1.0)
     images = operators[0].products.to_images(rows)
-    images = images / torch.linalg.vector_norm(images.double(), dim=1, keepdim=True).to(images.dtype)
+    lengths = torch.linalg.vector_norm(images.double(), dim=1, keepdim=True)
+    images, thresholds = images / lengths.to(images.dtype), thresholds * lengths.cpu().numpy()
     return PrincipalDistortions(
         eigenvalues=quotients[order],
         distortions=images.reshape(-1, *operators[0].image_shape)[torch.as_tensor(order)],

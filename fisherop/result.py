@@ -223,7 +223,9 @@ class EigenResult:
         for more random vectors, and narrower bands.
         """
         runs = self.details.get("quadrature")
-        return SpectralDensity.of_runs(runs, self.image_size, self.n_products) if runs else None
+        if not runs:
+            return None
+        return SpectralDensity.of_runs((Quadrature(**run) for run in runs), self.image_size, self.n_products)
 
     @property
     def ground(self) -> str:

@@ -17,7 +17,7 @@ from fisherop import checks
 from fisherop.krylov.box import Box, maximize_within
 from fisherop.krylov.pencil import Side
 from fisherop.krylov.several import Contrast, Pair, maximize, rounding
-from fisherop.operators import FisherOperator, counted
+from fisherop.operators import FisherOperator, JacobianOperator, counted
 from fisherop.result import ConvergenceError
 from fisherop.sample import Sample
 from fisherop.solve import eigenpairs
@@ -43,13 +43,14 @@ class PrincipalPair:
         log aᵀF_n a − log bᵀF_n b: where it is large, the model notices a, and hardly b.
     gradient : float
         The norm of the gradient of f on the unit spheres, relative to f, by fresh products; in a box that of what it
-        leaves of the gradient; 0 where f is only rounding, and the models are the same.
+        leaves of the gradient.
     converged : bool
-        Whether that is at most `tol`, or as small as rounding lets it be, which matters where f is small.
+        Whether that is at most `tol`, or f is no more than rounding makes of models that are the same.
     values : ndarray, shape (n_starts,)
         What each start has reached.
     thresholds : ndarray, shape (2, n)
-        The norms at which each model notices a and b, d′ = 1 in units of its noise: 1 / √(vᵀF_n v).
+        By what a and b are multiplied, their Euclidean norm, for each model to notice them, d′ = 1 in units of its
+        noise: 1 / √(vᵀF_n v). That is the linear prediction, see `Eigendistortion.linear_range`.
     phi : ndarray, shape (2, n)
         The regularization's share ε λ_n / (vᵀF_n v + ε λ_n) of each value.
     lambda_max : ndarray, shape (n,)
@@ -97,6 +98,8 @@ class PrincipalPair:
                 f"{i:>5}  {ratio:>9.4f}  {a:>11.3g}  {b:>11.3g}  {self.phi[0, i]:>6.2f}  {self.phi[1, i]:>6.2f}"
             )
         state = "converged" if self.converged else "not converged"
+        if self.converged and self.gradient > self.tol:
+            lines += ["", "the models do not differ at this image by more than rounding, but for their scale"]
         lines += [
             "",
             f"{state}: gradient {self.gradient:.1e} of the value, tol {self.tol:.0e}",
@@ -142,12 +145,14 @@ def principal_pair(
         Steps of each start, by default 500, each of two products of each model.
     rng : int or Generator, optional
     n_starts : int
-        Random starts, of which the best is returned; the result says how many reached its value.
+        Random starts, of which the best is returned; the result says how many reached its value. Take more where
+        that is one of several.
     basis_memory : int
         Bytes for the vectors and their products with all models, of which at most 300 are kept; when they are full,
         the space is made smaller, and more products are needed.
     box : (float, float), optional
         The least and the largest value that an element of the image may have, when `scale` times a distortion is added.
+        Without subspace and metric.
     scale : float, optional
         The norm of what is added to the image; for `box`.
     progress : bool
@@ -172,9 +177,7 @@ def principal_pair(
     if len(given) < 2:
         checks.refuse(TypeError, "models", "a sequence of at least two models", models)
     operators = [as_operator(f"models[{i}]", model, image, options) for i, model in enumerate(given)]
-    sizes = [f"{one.shape[0]} elements of {one.dtype}" for one in operators]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"models must have the same image, got {', '.join(sizes)}")
+    check_same(operators, [f"models[{i}]" for i in range(len(operators))])
     dtype = operators[0].dtype
     eps = share(regularization, dtype)
     usual = 1e-2 if box is not None else 1e-3 if dtype == np.float32 else 1e-4
@@ -183,7 +186,9 @@ def principal_pair(
     n_starts, basis_memory = checks.integer("n_starts", n_starts), checks.memory("basis_memory", basis_memory)
     checks.choice("on_failure", on_failure, ("raise", "warn"))
     progress, rng = checks.flag("progress", progress), checks.spawned(rng)
-    limits = None if box is None else _limits(operators[0], box, scale)
+    if box is None and scale is not None:
+        raise ValueError("scale is for box, the values that the image may have: give both, or none")
+    limits = None if box is None else _limits(operators, box, scale)
     with watched(operators, progress) as own:
         return _find(own, eps, tol, steps, rng, n_starts, basis_memory, limits, on_failure)
 
@@ -223,9 +228,10 @@ def _find(
     result = _measured(operators, sides, best, limits, tol, values, histories)
     if not result.converged:
         why = (
-            f"principal_distortions did not reach tol={tol:g} in {maxiter} steps: the gradient is "
+            f"principal_pair did not reach tol={tol:g} in {maxiter} steps: the gradient is "
             f"{result.gradient:.1e} of the value; allow more steps (maxiter), a larger tol, or a larger regularization"
         )
+        why += "" if limits is None else ", or a smaller scale"
         why += "" if J.dtype == torch.float64 else ", or use a float64 image and models"
         if on_failure == "raise":
             raise ConvergenceError(why, result)  # pyright: ignore[reportArgumentType]
@@ -243,7 +249,9 @@ def _measured(
     histories: list[list[dict[str, Any]]],
 ) -> PrincipalPair:
     """By fresh products, in float64 where they are NumPy's."""
-    rows = (pair.rows.double() / torch.linalg.vector_norm(pair.rows.double(), dim=1, keepdim=True)).to(pair.rows.dtype)
+    rows = pair.rows  # in a box of unit norm to rounding, and not to be made longer
+    if box is None:
+        rows = (rows.double() / torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)).to(rows.dtype)
     eps, forms, products = sides[0].regularization, [], []
     for side in sides:
         images = side.J.jvp(rows).double() / side.scale**0.5
@@ -264,12 +272,14 @@ def _measured(
     with np.errstate(divide="ignore"):
         thresholds = 1 / np.sqrt(np.where(seen, raw * scales, 0.0))
     images = operators[0].products.to_images(rows)
-    images = images / torch.linalg.vector_norm(images.double(), dim=1, keepdim=True).to(images.dtype)
+    lengths = torch.linalg.vector_norm(images.double(), dim=1, keepdim=True)
+    lengths = lengths if box is None else torch.ones_like(lengths)
+    images, thresholds = images / lengths.to(images.dtype), thresholds * lengths.cpu().numpy()
     return PrincipalPair(
         distortions=images.reshape(-1, *operators[0].image_shape),
         value=found.value,
         log_ratios=ratios,
-        gradient=0.0 if found.value <= rounding(sides) ** 2 else size / found.value,
+        gradient=size / found.value if found.value else 0.0,
         converged=has_converged,
         values=np.array(values),
         thresholds=thresholds,
@@ -282,21 +292,26 @@ def _measured(
     )
 
 
-def _limits(operator: FisherOperator, box: tuple[float, float], scale: float | None) -> Box:
+def _limits(operators: Sequence[FisherOperator], box: tuple[float, float], scale: float | None) -> Box:
     """What the elements of a distortion may be, so that image + scale · distortion stays in the box."""
-    if not hasattr(operator, "linearization") or {"subspace", "metric"} & set(operator.observed):
+    if any({"subspace", "metric"} & set(one.observed) for one in operators):
         raise ValueError("box is for changes of an image's own elements: leave subspace and metric out")
-    low, high = checks.array("box", box, (2,), "the least and the largest value of an element, an array").tolist()
+    at = [one.linearization for one in operators if hasattr(one, "linearization")]
+    if not at:
+        raise ValueError("box needs an image: pass models, or operators of models at one image")
+    what = "the least and the largest value of an element, an array"
+    low, high = checks.array("box", box, (2,), what).astype(np.float64).tolist()
     if scale is None:
         raise ValueError("box needs scale, the norm of the distortion that is added to the image")
     scale = checks.number("scale", scale, "a number above 0", lambda scale: scale > 0)
-    image = operator.linearization.image.detach().double().flatten()
+    image = at[0].image.detach().double().flatten()
     if not low < high or float(image.min()) < low or float(image.max()) > high:
         raise ValueError(
             f"box must hold the image, whose values are from {float(image.min()):g} to {float(image.max()):g}, "
             f"got {low:g} to {high:g}"
         )
-    limits = Box((low - image) / scale, (high - image) / scale)
+    margin = 4 * float(np.finfo(operators[0].dtype).eps) * max(abs(low), abs(high), scale)  # of the sum's rounding
+    limits = Box((low + margin - image).clamp(max=0.0) / scale, (high - margin - image).clamp(min=0.0) / scale)
     if limits.reach < 1:
         most = scale * limits.reach
         raise ValueError(f"scale must be at most {most:.4g}, the distance of the box's farthest corner, got {scale:g}")
@@ -336,8 +351,34 @@ def share(value: float, dtype: np.dtype) -> float:
 
 def as_operator(name: str, model: Any, image: Tensor, options: dict[str, Any]) -> FisherOperator:
     """The operator of a model, or that which is given."""
+    unknown = sorted(set(options) - {"noise", "subspace", "metric", "engine", "chunk_size"})
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(unknown)}")
+    model = model.fisher if isinstance(model, JacobianOperator) else model
     if isinstance(model, FisherOperator):
         if options:
             raise TypeError(f"{name} is an operator, which has options of its own: make it with {', '.join(options)}")
+        own = model.linearization.image if hasattr(model, "linearization") else None
+        if own is not None and isinstance(image, Tensor) and not (image.shape == own.shape and (image == own).all()):
+            raise ValueError(f"{name} is an operator at another image: make all at one, and pass that")
         return model
     return FisherOperator(image, model, **options)
+
+
+def check_same(operators: Sequence[FisherOperator], names: Sequence[str]) -> None:
+    """Raise ValueError unless vectors mean the same change of the same image for all."""
+    first, z = operators[0], None
+    for one, name in zip(operators, names, strict=True):
+        if one.shape[0] != first.shape[0] or one.dtype != first.dtype:
+            raise ValueError(
+                f"{names[0]} and {name} must have the same image, got {first.shape[0]} elements of {first.dtype} and "
+                f"{one.shape[0]} of {one.dtype}"
+            )
+        if hasattr(one, "linearization") and hasattr(first, "linearization"):
+            own, other = one.linearization.image, first.linearization.image
+            if own.shape != other.shape or not bool((own == other).all()):
+                raise ValueError(f"{names[0]} and {name} must be at the same image, and these are at two")
+        z = np.random.default_rng(0).standard_normal((first.shape[0], 1)) if z is None else z
+        changes = [two.to_tensors(z).double().flatten() for two in (first, one)]
+        if changes[0].shape != changes[1].shape or not torch.allclose(*changes, rtol=1e-4, atol=1e-4):
+            raise ValueError(f"{names[0]} and {name} must have the same subspace and metric, and these differ")

@@ -271,7 +271,10 @@ def as_fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
     what = "a FisherOperator or a JacobianOperator"
-    return checks.instance("operator", operator, FisherOperator, what, "make one of a matrix by FisherOperator.of")
+    cure = (
+        "use its .operator" if hasattr(operator, "operator") else "make one by FisherOperator(image, model), or by of"
+    )
+    return checks.instance("operator", operator, FisherOperator, what, cure)
 
 
 def _check_state(state: Any) -> None:

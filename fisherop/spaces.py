@@ -75,7 +75,7 @@ def mask(weights: ArrayLike | Tensor) -> Space:
     Parameters
     ----------
     weights : array_like, shape of the image or of its last dimensions
-        Zeros and ones, or weights from 0 to 1, as at a soft edge: there a change counts as 1 / weight of its size, so
+        Zeros and ones, or weights from 0 to 1, as at a soft edge: the norm of a change is that of change / weight, so
         that distortions fade out towards the edge.
     """
     values = checks.array("weights", weights, what="an array of weights from 0 to 1")
@@ -92,7 +92,8 @@ def bandpass(shape: Sequence[int], low: float, high: float) -> Space:
     shape : sequence of int
         (height, width), or the image's shape, which ends in it.
     low, high : float
-        In cycles per image, both included; 0 is the mean.
+        In cycles per image, both included; 0 is the mean. These are the frequencies of the discrete Fourier transform,
+        for which the image goes on at the opposite edge.
     """
     sizes = tuple(checks.integers("shape", shape, least=2))
     low = checks.number("low", low, "a number from 0", lambda low: low >= 0)
@@ -106,8 +107,10 @@ def channels(weights: ArrayLike | Tensor) -> Space:
     Parameters
     ----------
     weights : array_like, shape (C,) or (c, C)
-        One direction, as ``[0.299, 0.587, 0.114]`` of the luma or ``[1, -1, 0]`` of an opponent colour, or several that
-        span a plane. The channels are the image's third dimension from the end.
+        One direction that the channels of a pixel move along, as ``[1, 1, 1]``, by which red, green and blue change
+        alike and no hue does, or ``[1, -1, 0]``, from green to red; or several that span a plane. Weights of the luma
+        are no direction: the plane orthogonal to them holds the changes that keep it. The channels are the image's
+        third dimension from the end.
     """
     values = np.atleast_2d(checks.array("weights", weights, what="an array of shape (C,) or (c, C)"))
     singular = np.linalg.svd(values.astype(np.float64), compute_uv=False) if values.ndim == 2 and values.size else [0]

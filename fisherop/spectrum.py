@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fisherop.sample import Sample
 from fisherop.solve import as_fisher
 
 _DENSE_BYTES = 2**31
+_MOST = 10_000  # random vectors that rtol may take
 
 
 def spectral_density(
@@ -44,7 +46,7 @@ def spectral_density(
         steps would tell is part of the band of a count.
     rng : int or Generator, optional
     rtol : float, optional
-        Add random vectors until the standard error of tr F is at most so much of it.
+        Add random vectors until the standard error of tr F is at most so much of it; their number grows as its square.
     progress : bool
         Show the products done, once a second has passed.
 
@@ -56,7 +58,7 @@ def spectral_density(
     Raises
     ------
     TypeError, ValueError
-        An argument can't be used.
+        An argument can't be used, or `rtol` takes more than 10,000 random vectors.
     OverflowError, FloatingPointError
         J is so large or so small that its products leave what the dtype can hold.
     """
@@ -79,8 +81,7 @@ def _measured(
     may_be_dense = m * n * 8 <= _DENSE_BYTES
 
     def found(runs: list[Quadrature], is_exact: bool) -> SpectralDensity:
-        top = max(float(run.nodes[-1]) for run in runs)
-        return SpectralDensity(tuple(runs), n, 0 if top == 0 else n_zeros, is_exact, max(top, 0.0), operator.n_products)
+        return SpectralDensity.of_runs(runs, n, operator.n_products, n_zeros, is_exact)
 
     if Sample.of(operator, rng).size == 0:
         return found([Quadrature([0.0], [1.0], [0.0], 0.0)], is_exact=True)
@@ -89,15 +90,20 @@ def _measured(
     J = operator.products if m >= n else Transposed(operator.products)
     storage = torch.empty(min(n_steps, size), size, dtype=J.dtype, device=J.device)
     runs: list[Quadrature] = []
-    while len(runs) < n_probes or (rtol is not None and not _is_near(found(runs, is_exact=False), rtol)):
-        if may_be_dense and len(runs) >= n_probes and needs <= n_steps * len(runs):  # as much as all that was done
-            return found([_exact(operator)], is_exact=True)
+    wanted = n_probes
+    while len(runs) < wanted:
         runs.append(_run(J, storage, rng))
+        if len(runs) == wanted and rtol is not None:
+            density = found(runs, is_exact=False)
+            wanted = math.ceil(len(runs) * (density.trace_error / (rtol * density.trace)) ** 2)
+            if may_be_dense and wanted > len(runs) and needs <= n_steps * (wanted - len(runs)):
+                return found([_exact(operator)], is_exact=True)
+            if wanted > _MOST:
+                raise ValueError(
+                    f"rtol={rtol:g} takes about {wanted} random vectors: ask for at least "
+                    f"{rtol * (wanted / _MOST) ** 0.5:.1g}, or for n_probes in its place"
+                )
     return found(runs, is_exact=False)
-
-
-def _is_near(density: SpectralDensity, rtol: float) -> bool:
-    return density.trace_error <= rtol * density.trace
 
 
 def _run(J: Jacobian, storage: torch.Tensor, rng: np.random.Generator) -> Quadrature:

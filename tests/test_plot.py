@@ -319,3 +319,38 @@ def test_what_cannot_be_compared():
         plot.compare([Eigendistortion(torch.ones(6, 10).double(), linear_model(MATRIX))])
     with pytest.raises(ValueError, match=r"'one' lacks an end of its spectrum: call synthesize\(which='both'\)"):
         plot.compare([ed_of((6, 10), which="largest")], names=["one"])
+
+
+def test_distortions():
+    image, changes = np.full((1, 3, 8, 6), 0.5), np.random.default_rng(0).standard_normal((2, 1, 3, 8, 6))
+    figure = plot.distortions(image, changes, ["one", "other"], scale=0.5)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0].startswith("image") and titles[1].startswith("one\nimage + 0.5 × the change below")
+    assert len(figure.axes) == 5
+    shown = figure.axes[1].images[0].get_array()
+    np.testing.assert_allclose(shown, np.clip(0.5 + 0.5 * np.moveaxis(changes[0, 0], 0, -1), 0, 1))
+    for wrong, message in (
+        (changes[..., :3], "changes must be pictures of the image's height, width and channels"),
+        (changes[0, 0, 0], "changes must be of shape"),
+        (changes * np.nan, "changes must be an array .*, and finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot.distortions(image, wrong)
+    with pytest.raises(ValueError, match="titles must be a text for each of the 2 changes"):
+        plot.distortions(image, changes, ["one"])
+
+
+def test_response_change():
+    model = linear_model(np.diag([2.0, 1.0, 0.0]))
+    ed = Eigendistortion(torch.ones(3, dtype=torch.float64), model).synthesize(progress=False)
+    figure = plot.response_change(ed)
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert "most noticeable, predicted" in labels and "least noticeable, + amplitude" in labels
+    curved = Eigendistortion(
+        torch.full((3,), 0.5, dtype=torch.float64), lambda x: torch.exp(x) * x.new_tensor([3, 2, 1])
+    )
+    curved.synthesize(progress=False)
+    (dot,) = [line for line in plot.response_change(curved, 0).axes[0].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dot.get_xdata(), curved.linear_range(0))
+    with pytest.raises(IndexError, match="indices must be a position"):
+        plot.response_change(ed, 7)

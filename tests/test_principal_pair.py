@@ -61,7 +61,7 @@ def best_dense(forms, starts=20):
 @settings(max_examples=10)
 def test_two_models_give_the_closed_form(n, decay, eps, seed):
     js = matrices(2, n, decay, seed)
-    result = found(js, regularization=eps)
+    result = found(js, regularization=eps, n_starts=1)
     theta = scipy.linalg.eigh(*regular(js, eps, result.lambda_max), eigvals_only=True)
     np.testing.assert_allclose(result.value, np.log(theta[-1] / theta[0]) ** 2 / 4, rtol=1e-6, atol=1e-12)
     assert result.log_ratios[0] >= -1e-9 and result.log_ratios[1] <= 1e-9
@@ -74,7 +74,7 @@ def test_two_models_give_the_closed_form(n, decay, eps, seed):
 @settings(max_examples=10)
 def test_everything_it_says(count, n, m, decay, seed):
     js = matrices(count, n, decay, seed, m)
-    result = found(js, regularization=1e-2)
+    result = found(js, regularization=1e-2, n_starts=2)
     a, b = result.distortions.numpy()
     np.testing.assert_allclose([np.linalg.norm(a), np.linalg.norm(b)], 1)
     forms = regular(js, 1e-2, result.lambda_max)
@@ -87,14 +87,14 @@ def test_everything_it_says(count, n, m, decay, seed):
     np.testing.assert_allclose(result.thresholds, squares**-0.5, rtol=1e-6)
     np.testing.assert_allclose(result.lambda_max, [np.linalg.norm(j, 2) ** 2 for j in js], rtol=1e-4)
     np.testing.assert_allclose(result.phi, 1e-2 * result.lambda_max / (squares + 1e-2 * result.lambda_max))
-    assert (result.values <= result.value * (1 + 1e-9)).all() and 1 <= result.n_best <= 3
+    assert (result.values <= result.value * (1 + 1e-9) + 1e-12).all() and 1 <= result.n_best <= 2
     history = result.details["history"]
-    assert len(history) == 3 and history[0][-1]["gradient"] <= 1e-4 * history[0][-1]["value"]
+    assert len(history) == 2 and history[0][-1]["gradient"] <= max(1e-4 * history[0][-1]["value"], 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_best_of_many_dense_starts(seed):
-    js = matrices(3, 8, 1.5, 10 * seed)
+    js = matrices(3, 5, 1.5, 10 * seed)
     result = found(js, regularization=1e-2)
     np.testing.assert_allclose(result.value, best_dense(regular(js, 1e-2)), rtol=1e-3)
 
@@ -102,25 +102,25 @@ def test_the_best_of_many_dense_starts(seed):
 @pytest.mark.parametrize("count", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_how_often_the_best_is_found(count):
     """Filters of rising frequencies, one overlapping the next."""
-    rng, x = np.random.default_rng(1), np.linspace(0, 1, 50)
-    basis = np.linalg.qr(rng.standard_normal((50, 50)))[0]
+    rng, x = np.random.default_rng(1), np.linspace(0, 1, 30)
+    basis = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     js = [np.exp(-(((x - i / (count - 1)) / 0.5) ** 2))[:, None] * basis for i in range(count)]
     result = found(js, n_starts=10)
     assert result.n_best >= 8 and f"from {result.n_best} of 10 starts" in str(result)
 
 
 def test_in_little_memory():
-    js = matrices(3, 120, 2, 3)
-    large, small = (found(js, n_starts=1, tol=1e-3, basis_memory=m) for m in (2**30, 30 * 120 * 8 * 4))
+    js = matrices(3, 90, 2, 3)
+    large, small = (found(js, n_starts=1, tol=1e-3, basis_memory=m) for m in (2**30, 30 * 90 * 8 * 4))
     np.testing.assert_allclose(small.value, large.value, rtol=0.02)  # there are several maxima
     assert small.n_products.max() > large.n_products.max()
-    with pytest.raises(ValueError, match=r"basis_memory=1000 holds 0 vectors .*: pass basis_memory=92160"):
+    with pytest.raises(ValueError, match=r"basis_memory=1000 holds 0 vectors .*: pass basis_memory=69120"):
         found(js, basis_memory=1000)
 
 
 def test_float32():
-    js = matrices(3, 60, 2, 3)
-    single, double = (found(js, dtype) for dtype in (torch.float32, torch.float64))
+    js = matrices(3, 40, 2, 3)
+    single, double = (found(js, dtype, n_starts=1) for dtype in (torch.float32, torch.float64))
     np.testing.assert_allclose(single.value, double.value, rtol=1e-4)
     assert single.distortions.dtype == torch.float32
 
@@ -130,8 +130,8 @@ def test_the_same_by_the_other_name_with_operators_and_options():
     js = [torch.as_tensor(matrix_with_singular_values(np.geomspace(2, 0.1, 36), 40, 36, rng=s)) for s in range(3)]
     models = [lambda x, j=j: torch.exp(j @ x.flatten()) for j in js]
     options = {"noise": noise.Poisson(), "subspace": spaces.zero_mean()}
-    one = principal_distortions(x, models, rng=0, progress=False, **options)
-    other = principal_pair(x, [FisherOperator(x, m, **options) for m in models], rng=0, progress=False)
+    one = principal_distortions(x, models, rng=0, progress=False, n_starts=1, **options)
+    other = principal_pair(x, [FisherOperator(x, m, **options) for m in models], rng=0, progress=False, n_starts=1)
     np.testing.assert_allclose(one.value, other.value, rtol=1e-9)
     assert one.distortions.shape == (2, 1, 1, 6, 6) and abs(one.distortions.sum()) < 1e-9
 
@@ -205,7 +205,11 @@ ONES = torch.full((4,), 0.5, dtype=torch.float64)
         ({"n_starts": 0}, ValueError, "n_starts must be an integer from 1, got 0"),
         ({"regularization": 0}, ValueError, "regularization must be a number between 0 and 1, got 0"),
         ({"models": [torch.sin, lambda x: x * 0]}, ValueError, "the response of model 1 doesn't change with the image"),
-        ({"models": [torch.sin, FisherOperator.of(np.eye(5))]}, ValueError, "models must have the same image, got 4"),
+        (
+            {"models": [torch.sin, FisherOperator.of(np.eye(5))]},
+            ValueError,
+            r"models\[0\] and models\[1\] must have the same image, got 4",
+        ),
         ({"box": (0, 1)}, ValueError, "box needs scale, the norm of the distortion"),
         ({"box": (0, 1, 2), "scale": 1}, ValueError, r"box must be the least and the largest value .* of shape \(2,\)"),
         (
@@ -226,6 +230,97 @@ def test_bad_input(change, error, message):
     options = {"models": [torch.sin, torch.cos], "progress": False} | change
     with pytest.raises(error, match=message):
         principal_pair(ONES, **options)
+
+
+@pytest.mark.parametrize("difference", [1e-1, 1e-3, 1e-5, 1e-7])
+def test_models_that_hardly_differ(difference):
+    """Either the closed form, or an error: rounding must not pass for a maximum."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((10, 8))
+    js = [a, a * (1 + difference * rng.standard_normal((10, 8)))]
+    for dtype, rtol in ((torch.float64, 1e-4), (torch.float32, 0.02)):
+        try:
+            result = found(js, dtype, n_starts=1)
+        except ConvergenceError as error:
+            assert not error.result.converged and dtype == torch.float32
+            continue
+        theta = scipy.linalg.eigh(*regular(js, 1e-3, result.lambda_max), eigvals_only=True)
+        truth = np.log(theta[-1] / theta[0]) ** 2 / 4
+        if "do not differ" in str(result):
+            assert dtype == torch.float32 and truth < 1e-4
+        else:
+            np.testing.assert_allclose(result.value, truth, rtol=rtol)
+
+
+def test_the_same_model_twice():
+    j = matrices(1, 12, 1, 0)[0]
+    result = found([j, j, j])
+    assert result.converged and result.value < 1e-20
+    assert "the models do not differ at this image by more than rounding" in str(result)
+
+
+@pytest.mark.parametrize("grey", [0.0, 1.0])
+def test_a_box_at_black_and_white(grey):
+    """Only one sign of a distortion lies within."""
+    models = [lambda x: x, lambda x: x * torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)]
+    image = torch.full((3,), grey, dtype=torch.float64)
+    for seed in range(6):
+        result = principal_pair(image, models, box=(0, 1), scale=0.4, rng=seed, progress=False, n_starts=1)
+        changed = image + 0.4 * result.distortions
+        assert changed.min() >= 0 and changed.max() <= 1
+        np.testing.assert_allclose(result.distortions.abs().max(dim=1).values, 1, atol=1e-6)
+
+
+def test_float32_stays_within_the_box():
+    rng = torch.Generator().manual_seed(0)
+    image = 0.5 + 1e-5 * (torch.rand(5, 5, generator=rng) - 0.5)
+    models = [linear_model(j, torch.float32) for j in matrices(2, 25, 1, 0)]
+    for seed in range(3):
+        result = principal_pair(
+            image, models, box=(0, 1), scale=2.4, rng=seed, progress=False, on_failure="warn", n_starts=1
+        )
+        changed = image + 2.4 * result.distortions
+        assert changed.min() >= 0 and changed.max() <= 1
+
+
+def test_operators_at_different_images_or_in_different_metrics():
+    a, b = torch.rand(3, 3, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    one, other = FisherOperator(a, torch.sin), FisherOperator(b, torch.cos)
+    with pytest.raises(ValueError, match=r"models\[1\] is an operator at another image"):
+        principal_pair(a, [one, other])
+    with pytest.raises(ValueError, match=r"models\[0\] and models\[1\] must be at the same image"):
+        principal_pair(None, [one, other])
+    with pytest.raises(ValueError, match="model_b is an operator at another image"):
+        principal_distortions(a, one, other)
+    weighted = FisherOperator(a, torch.cos, metric=np.linspace(1, 2, 9).reshape(3, 3))
+    with pytest.raises(ValueError, match="must have the same subspace and metric, and these differ"):
+        principal_pair(a, [one, weighted])
+    with pytest.raises(ValueError, match="box needs an image"):
+        principal_pair(None, [FisherOperator.of(np.eye(3))] * 2, box=(0, 1), scale=1)
+    with pytest.raises(ValueError, match="scale is for box"):
+        principal_pair(a, [one, one], scale=1)
+    with pytest.raises(TypeError, match="there is no option boxes"):
+        principal_pair(a, [torch.sin, torch.cos], boxes=1)
+    with pytest.raises(TypeError, match="box, scale goes with a list of models"):
+        principal_distortions(a, torch.sin, torch.cos, box=(0, 1), scale=1)
+    with pytest.raises(TypeError, match="a third model goes with a list of models"):
+        principal_distortions(a, torch.sin, torch.cos, torch.tanh)
+
+
+def test_thresholds_in_a_metric():
+    """By what the distortions that are returned are multiplied."""
+    x = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    js = [torch.as_tensor(j) for j in matrices(3, 16, 1, 0)]
+    models = [lambda x, j=j: j @ x.flatten() for j in js]
+    options = {"metric": np.linspace(0.5, 4.5, 16).reshape(4, 4), "rng": 0, "progress": False}
+    pair = principal_pair(x, models, n_starts=1, **options)
+    two = principal_distortions(x, *models[:2], **options)
+    for v, thresholds in [
+        *zip(pair.distortions, pair.thresholds, strict=True),
+        *zip(two.distortions, two.thresholds, strict=True),
+    ]:
+        moved = [float((j @ (t * v).flatten()).norm()) for j, t in zip(js, thresholds, strict=False)]
+        np.testing.assert_allclose(moved, 1)
 
 
 def test_options_of_two_models_are_refused_for_several():

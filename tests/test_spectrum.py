@@ -230,21 +230,65 @@ def test_a_zero_jacobian_and_arguments():
     for options, message in (
         ({"n_probes": 0}, "n_probes must be an integer from 1, got 0"),
         ({"n_steps": 1}, "n_steps must be an integer from 2, got 1"),
+        ({"rtol": 1e-9, "operator": diagonal(np.geomspace(1, 1e-2, 20_000))}, "takes about .* random vectors"),
         ({"rtol": 0}, "rtol must be a number between 0 and 1, or None, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            spectral_density(F, **options)
+            spectral_density(**{"operator": F, "progress": False, "n_steps": 2} | options)
     with pytest.raises(TypeError, match="operator must be a FisherOperator or a JacobianOperator"):
         spectral_density(np.eye(3))
     density = spectral_density(F.jacobian, progress=False)
     for call, message in (
         (lambda: density.count_below(0), "threshold must be a number above 0, got 0"),
         (lambda: density.log_det(-1), "epsilon must be a number above 0, got -1"),
-        (lambda: density.density([0.0], width=0), "width must be a number above 0, got 0"),
+        (lambda: density.density([0.0], width=0), "width must be a number from 0.01 to 10, got 0"),
+        (lambda: density.density([400.0]), "decades must be numbers from −300 to 300"),
+        (lambda: density.trace_of(lambda x: np.ones(9)), r"what function gives must be an array of shape \(5,\)"),
         (lambda: Quadrature([1.0], [1.0, 2.0], [0.0], 0.0), "start must be an array of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-40, 1e70])
+def test_scales(scale):
+    sigma = np.geomspace(1, 1e-2, 900)
+    one, other = (spectral_density(diagonal(s * sigma), 2, 10, rng=0, progress=False) for s in (1.0, scale))
+    np.testing.assert_allclose(other.trace / scale**2, one.trace, rtol=1e-9)
+    for quantity, (estimate, _) in quantities(one).items():
+        if quantity not in ("trace", "fourth moment"):
+            np.testing.assert_allclose(quantities(other)[quantity][0], estimate, rtol=1e-6, atol=1e-9, err_msg=quantity)
+    assert str(other).splitlines()[4:] == str(one).splitlines()[4:]
+
+
+SKEWED = {
+    "spike": np.r_[1.0, np.full(399, 1e-4)],
+    "inverse": 1 / np.arange(1.0, 401),
+    "inverse squares": np.arange(1.0, 401) ** -2.0,
+    "a null space": np.r_[np.logspace(0, -2, 300), np.zeros(100)],
+    "few large": np.r_[np.ones(3), np.full(397, 1e-3)],
+}
+
+
+@pytest.mark.parametrize("n_probes", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SKEWED)
+def test_bands_of_skewed_spectra(name, n_probes):
+    """Where one eigenvalue holds most of the trace, a low draw looks certain; the logarithm of a null space."""
+    values, hits = SKEWED[name], {}
+    operator = diagonal(np.sqrt(values))
+    for seed in range(100):
+        density = spectral_density(operator, n_probes, 12, rng=seed, progress=False)
+        found = {"trace": density.trace_of(lambda x: x), "log det": density.log_det(1e-8)}
+        found |= {"effective": density.effective_dimension, "participation": density.participation_ratio}
+        found["density"] = [0.0, 0.0, *np.ravel(density.density([0.0])[1:])]
+        places = {"log det": np.log(values / values[0] + 1e-8).sum(), "effective": values.sum() / values[0]}
+        places |= {"trace": values.sum(), "participation": values.sum() ** 2 / (values**2).sum()}
+        with np.errstate(divide="ignore"):
+            places["density"] = (np.exp(-((np.log10(values) / 0.25) ** 2) / 2) / (0.25 * np.sqrt(2 * np.pi))).sum()
+        for quantity, truth in places.items():
+            _, _, low, high = found[quantity]
+            hits.setdefault(quantity, []).append(low - 1e-9 * abs(truth) <= truth <= high + 1e-9 * abs(truth))
+    assert min(np.mean(held) for held in hits.values()) >= 0.9, {name: np.mean(held) for name, held in hits.items()}
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -257,7 +301,7 @@ def test_figure():
     densities = [spectral_density(diagonal(np.geomspace(1, 1e-3, n)), 2, 10, rng=0, progress=False) for n in (40, 900)]
     figure = plot.density(densities, ["small", "large"])
     above, below = figure.axes
-    assert [text.get_text() for text in above.get_legend().get_texts()] == ["small", "large"]
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["small, N = 40", "large, N = 900"]
     counts = below.lines[0].get_ydata()
     assert counts[-1] == 39 and (np.diff(counts) >= 0).all()  # all but the largest itself
     with pytest.raises(ValueError, match="names must be a text for each of the 2 densities"):

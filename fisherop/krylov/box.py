@@ -78,10 +78,12 @@ def maximize_within(
         gradients = torch.einsum("in,nik->ik", weights, products)
         return found.value, gradients
 
-    rows = box.project(start.rows)
-    if _norm(rows) < 0.999:
-        raise ValueError("no unit vector with the signs of the best pair lies within the box: take a smaller scale")
-    value, gradients = measured(rows)
+    signed = [box.project(sign * start.rows) for sign in (1, -1)]  # f is the same for both, the box is not
+    starts = [torch.stack([a, b]) for a in (one[0] for one in signed) for b in (one[1] for one in signed)]
+    fitting = [(*measured(rows), rows) for rows in starts if _norm(rows) > 0.999]
+    if not fitting:
+        raise ValueError("no unit vector like the best pair lies within the box: take a smaller scale")
+    value, gradients, rows = max(fitting, key=lambda one: one[0])
     values, step = [value], 1.0 / max(float(torch.linalg.vector_norm(gradients)), 1e-300)
     for _ in range(maxiter):
         pair = Pair(rows, value, box.gradient_left(rows, gradients))

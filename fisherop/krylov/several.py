@@ -32,9 +32,9 @@ class Pair(NamedTuple):
     value: float
     gradient: float
 
-    def has_converged(self, tol: float, noise: float) -> bool:
-        """Whether the gradient is at most tol · f, or as small as rounding lets it be."""
-        return self.gradient <= max(tol * self.value, noise)
+    def has_converged(self, tol: float, floor: float) -> bool:
+        """Whether the gradient is at most tol · f, or f is no more than rounding makes of equal matrices."""
+        return self.gradient <= tol * self.value or self.value <= floor
 
 
 class Mixture:
@@ -112,7 +112,8 @@ def maximize(
             x = _within(regular, [x, *_anew(regular, rng, 10)])
             pair, gradients = _measured(v[:m], [f[:m] for f in products], regular, eps, x)
         on_step({"n_products": [side.n_products for side in sides], "value": pair.value, "gradient": pair.gradient})
-        if pair.has_converged(tol, rounding(sides)) or m == n:
+        has_converged = pair.has_converged(tol, rounding(sides) if step > 10 else 0.0)  # at first f is small, too
+        if has_converged or m == n:
             break
         norms = torch.linalg.vector_norm(gradients, dim=1)
         new = gradients[norms > 0.05 * norms.max()]
@@ -132,8 +133,8 @@ def maximize(
 
 
 def rounding(sides: Sequence[Side]) -> float:
-    """Below this a gradient can't be told from zero."""
-    return 10 * torch.finfo(sides[0].J.dtype).eps / sides[0].regularization
+    """What f may be for equal matrices: logarithms of quotients are in error by eps / ε."""
+    return (10 * torch.finfo(sides[0].J.dtype).eps / sides[0].regularization) ** 2
 
 
 def _measured(
@@ -175,7 +176,12 @@ def _of_parts(gram: NDArray[np.float64]) -> list[NDArray[np.float64]]:
 
 
 def _within(gram: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Where f is the largest, (2, m), near starts, by L-BFGS in coordinates that whiten the mean matrix."""
+    """Where f is the largest, (2, m), near starts, by L-BFGS for log f in coordinates that whiten the mean matrix.
+
+    Of two matrices that is known.
+    """
+    if len(gram) == 2:
+        return _of_parts(gram)[0]
     lower = np.linalg.cholesky(gram.mean(axis=0))
     inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
     white = inverse @ gram @ inverse.T
@@ -185,7 +191,8 @@ def _within(gram: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) ->
         ab = z.reshape(2, m)
         images = (white.reshape(-1, m) @ ab.T).reshape(size, m, 2)
         found = Contrast.of(*np.einsum("nmi,im->in", images, ab))
-        return -found.value, -np.stack([found.of_a @ images[:, :, 0], found.of_b @ images[:, :, 1]]).ravel()
+        f = max(found.value, np.finfo(float).tiny)
+        return -np.log(f), -np.stack([found.of_a @ images[:, :, 0], found.of_b @ images[:, :, 1]]).ravel() / f
 
     def climbed(z: NDArray[np.float64], iterations: int, ftol: float) -> tuple[float, NDArray[np.float64]]:
         options = {"maxcor": 20, "maxiter": iterations, "gtol": 1e-10, "ftol": ftol}
@@ -196,5 +203,5 @@ def _within(gram: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) ->
     found = [(one / np.linalg.norm(one, axis=1)[:, None]).ravel() for one in first]
     if len(found) > 1:  # a rough climb from each
         found = [z for _, z in sorted((climbed(z, 50, 1e-5) for z in found), key=lambda one: -one[0])]
-    x = climbed(found[0], 1000, 1e-12)[1].reshape(2, m) @ inverse
+    x = climbed(found[0], 1000, 1e-15)[1].reshape(2, m) @ inverse
     return x / np.linalg.norm(x, axis=1)[:, None]
