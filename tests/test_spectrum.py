@@ -97,10 +97,10 @@ def assert_bounded(run, v, values):
     truth = np.array([(v[values < x] ** 2).sum() for x in thresholds])
     for x, share in zip(thresholds, truth, strict=True):
         low, high = run.shares_below(x)
-        assert low - 1e-9 <= share <= high + 1e-9
+        assert low - 1e-7 <= share <= high + 1e-7  # rounding, where x is next to a node
     wide = run.curves_below(thresholds)
-    assert (wide[0] - 1e-9 <= truth).all() and (truth <= wide[1] + 1e-9).all()
-    assert (wide[0] <= [run.shares_below(x)[0] + 1e-9 for x in thresholds]).all()
+    assert (wide[0] - 1e-7 <= truth).all() and (truth <= wide[1] + 1e-7).all()
+    assert (wide[0] <= [run.shares_below(x)[0] + 1e-7 for x in thresholds]).all()
     for eps in (1e-1, 1e-3):
         exact = v**2 @ np.log(values / values[0] + eps)
         nodes, weights = run.gauss()
