@@ -52,11 +52,25 @@ def test_f_of_many_images(memory, engine):
         assert 0 < kept < 5
 
 
-def test_with_noise_in_a_subspace():
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("kind", ["white", "Poisson", "Gaussian"])
+def test_with_noise_in_a_subspace_in_a_metric(kind, metric):
     several, model = images(3), Bent()
-    disc = np.arange(20).reshape(4, 5) % 3 > 0
-    F = FisherOperator.pooled(several, model, noise=noise.Poisson(), subspace=spaces.mask(disc), memory=0)
-    dense = truth(model, several, [1 / 3] * 3, lambda y: np.diag(y.numpy() ** -0.5), np.eye(20)[:, disc.ravel()])
+    disc, weights = np.arange(20).reshape(4, 5) % 3 > 0, np.linspace(0.5, 3, 20)
+    noises = {"white": None, "Poisson": noise.Poisson(), "Gaussian": noise.Gaussian(lambda f: 0.1 + f**2)}
+    options = {"noise": noises[kind], "subspace": spaces.mask(disc), "memory": 0}
+    options |= {"metric": weights.reshape(4, 5)} if metric else {}
+
+    def information(y):
+        """By the definition of each."""
+        f = y.numpy()
+        variance = {"white": np.ones_like(f), "Poisson": f, "Gaussian": 0.1 + f**2}[kind]
+        slope = 2 * f if kind == "Gaussian" else 0.0  # of the variance: its second term
+        return np.diag(np.sqrt(1 / variance + (slope / variance) ** 2 / 2))
+
+    F = FisherOperator.pooled(several, model, **options)
+    B = (np.diag(weights**-0.5) if metric else np.eye(20))[:, disc.ravel()]
+    dense = truth(model, several, [1 / 3] * 3, information, B)
     np.testing.assert_allclose(F @ np.eye(disc.sum()), dense, atol=1e-13)
     assert F.to_tensors(np.ones((disc.sum(), 2))).shape == (2, 1, 1, 4, 5)
 

@@ -36,12 +36,14 @@ class Found(NamedTuple):
 class Start:
     """What a Krylov space began from: `count` vectors; the `vectors` themselves, if all are random.
 
-    `accepted` is the chance of an eigenvalue beyond those found at which the first run may end.
+    The `quadratures` are what each of these says of the whole spectrum, once there is a space; `accepted` is the chance
+    of an eigenvalue beyond those found at which the first run may end.
     """
 
     vectors: Tensor | None = None
     count: int = 1
     accepted: float = CHANCE
+    quadratures: tuple[Quadrature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,6 @@ class Search:
         self.found = self.fixed = self._nothing
         self.chance = 0.0
         self.nullity: Nullity | None = None
-        self.quadratures: list[Quadrature] = []
         if self.fact.shares is not None:
             self.bounds = Bounds()
         self.log.begin(J, maxiter, callback)
@@ -329,7 +330,7 @@ class Search:
         top = min(self.goal.top, vectors.shape[1])
         details = {"restarts": self.log.restarts, "history": self.log.history} | dict(details or {})
         ends, earlier = (vectors[:, :top], vectors[:, top:]), self.log.earlier
-        return Answer(*ends, evidence, bounds, details, n_earlier=earlier, quadratures=tuple(self.quadratures))
+        return Answer(*ends, evidence, bounds, details, n_earlier=earlier, quadratures=self.start.quadratures)
 
     @property
     def found_rows(self) -> Tensor:

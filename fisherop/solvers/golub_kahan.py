@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,8 +147,9 @@ def golub_kahan(
         if search.phase == "main":
             _begin(search, v0)
             ritz = converge(search)
-            if search.start.vectors is not None and not len(search.given):
-                search.quadratures = search.fact.quadratures(search.start.count)
+            is_random = search.start.vectors is not None and len(search.given) == 0
+            seen = search.fact.quadratures(search.start.count) if is_random else []
+            search.start = replace(search.start, quadratures=tuple(seen))
             null = ritz.values <= goal.tol * search.log.largest
             if goal.bottom and null.any():
                 search.nullity = search.estimate_number(ritz.coefficients[:, null])
