@@ -11,9 +11,10 @@ of any matrix, and `certify` judges vectors that another solver found.
 all eigenvalues are spread.
 
 Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.plot`
-(figures), `fisherop.images` (photographs and test images), `fisherop.testing` (for your own tests),
-`fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the protocol behind the operators) and
-`fisherop.combinators` (Jacobians made of others). They are loaded when they are first used.
+(figures), `fisherop.stimuli` (pictures for an experiment), `fisherop.images` (photographs and test images),
+`fisherop.testing` (for your own tests), `fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the
+protocol behind the operators) and `fisherop.combinators` (Jacobians made of others). They are loaded when they are
+first used.
 """
 
 import importlib
@@ -57,7 +58,7 @@ __all__ = [
     "singular_triplets",
     "spectral_density",
 ]
-_MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "testing")
+_MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "stimuli", "testing")
 
 
 def __getattr__(name: str) -> Any:

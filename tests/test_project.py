@@ -24,6 +24,7 @@ import fisherop.jacobian
 import fisherop.noise
 import fisherop.plot
 import fisherop.spaces
+import fisherop.stimuli
 import fisherop.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -92,6 +93,7 @@ ORDER = [
     "thresholds",
     "distortions",
     "eigendistortion",
+    "stimuli",
     "images",
     "panels",
     "curves",
@@ -139,7 +141,14 @@ def test_no_file_is_long(path):
 def public():
     """Public names, and the methods and properties that their classes define."""
     modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
-    modules += [fisherop.combinators, fisherop.noise, fisherop.spaces, fisherop.curves, fisherop.density]
+    modules += [
+        fisherop.combinators,
+        fisherop.noise,
+        fisherop.spaces,
+        fisherop.curves,
+        fisherop.density,
+        fisherop.stimuli,
+    ]
     for module in modules:
         for name, value in vars(module).items():
             own = (

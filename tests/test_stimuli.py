@@ -1,0 +1,167 @@
+"""Pictures for an experiment: what is read back from the files is what the table says."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fisherop import Eigendistortion, noise, spaces, stimuli
+from fisherop.images import load_image
+from fisherop.testing import matrix_with_singular_values
+
+MATRIX = torch.as_tensor(matrix_with_singular_values(np.geomspace(3, 0.05, 48), 60, 48))
+
+
+def synthesized(shape=(1, 1, 6, 8), dtype=torch.float64, **options):
+    n = int(np.prod(shape))
+    image = torch.as_tensor(np.random.default_rng(0).uniform(0.3, 0.7, shape), dtype=dtype)
+    matrix = MATRIX[:, :n].to(dtype)
+    return Eigendistortion(image, lambda x: torch.exp(matrix @ x.flatten() / 3), **options).synthesize(
+        progress=False, rng=0
+    )
+
+
+def table(path):
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == stimuli.COLUMNS
+    return rows
+
+
+def moved(ed, image, weight=1.0):
+    model, dtype = ed.model, ed.image.dtype
+    image = torch.as_tensor(image, dtype=dtype).reshape(ed.image.shape)
+    return float(((model(image) - model(ed.image)) * weight).norm())
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "bits", "dither"),
+    [
+        ((1, 1, 6, 8), "png", 8, None), ((1, 1, 6, 8), "png", 8, 0), ((1, 1, 6, 8), "png", 16, None),
+        ((1, 1, 6, 8), "tiff", 16, 3), ((1, 3, 4, 4), "png", 8, 1), ((3, 4, 4), "tiff", 8, None),
+        ((48,), "npy", 8, None), ((6, 8), "png", 8, None),
+    ],
+)  # fmt: skip
+def test_files_are_what_the_table_says(tmp_path, shape, format, bits, dither):
+    ed = synthesized(shape)
+    path = stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, -0.3], format=format, bits=bits, dither=dither)
+    rows = table(path)
+    assert [int(row["eigenindex"]) for row in rows] == [-1, 0, 0, 47, 47]
+    assert {row["file"] for row in rows} | {"stimuli.csv"} == {p.name for p in (tmp_path / "new").iterdir()}
+    step = 0 if format == "npy" else 1 / (2**bits - 1)
+    for row in rows:
+        file = path.parent / row["file"]
+        image = np.load(file) if format == "npy" else load_image(file, dtype=torch.float64).numpy()
+        image = image.reshape(shape)
+        change = image - ed.image.numpy()
+        np.testing.assert_allclose(np.sqrt((change**2).mean()), float(row["rms"]), rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(moved(ed, image), float(row["actual"]), rtol=1e-9, atol=1e-12)
+        index, amplitude = int(row["eigenindex"]), float(row["amplitude"])
+        if index >= 0:
+            wanted = amplitude * ed.eigendistortions[[0, -1][index > 0]].numpy().reshape(shape)
+            assert np.abs(change - wanted).max() <= (step if dither is not None else step / 2) + 1e-12
+            np.testing.assert_allclose(
+                float(row["predicted"]), abs(amplitude) * float(row["eigenvalue"]) ** 0.5, rtol=1e-6
+            )
+        assert float(row["clipped"]) == 0
+
+
+def test_dither_keeps_the_mean():
+    """A change of a fifth of a level survives."""
+    image = torch.full((1, 1, 100, 100), 100.2 / 255, dtype=torch.float64)
+    levels = stimuli._levels(image, 0, 1, 255, np.random.default_rng(0))
+    assert set(levels.unique().tolist()) == {100, 101} and abs(float(levels.double().mean()) - 100.2) < 0.02
+    assert stimuli._levels(image, 0, 1, 255, None).unique().tolist() == [100]
+
+
+def test_units():
+    ed = synthesized()
+    for index in (0, -1):
+        (one,) = stimuli.series(ed, index, [0.01], unit="rms")
+        np.testing.assert_allclose(one.rms, 0.01)
+        (one,) = stimuli.series(ed, index, [0.2])
+        np.testing.assert_allclose((one.image - ed.image).norm(), 0.2)
+        (one,) = stimuli.series(ed, index, [0.01], unit="threshold")
+        np.testing.assert_allclose(one.predicted, 0.01)
+        np.testing.assert_allclose(one.amplitude, 0.01 * ed.detection_thresholds()[0][index])
+        np.testing.assert_allclose(one.actual, moved(ed, one.image))
+
+
+def test_with_noise_and_a_window():
+    ed = synthesized(noise=noise.Gaussian(4.0), subspace=spaces.zero_mean())
+    window = np.hanning(10)[1:-1]
+    (one,) = stimuli.series(ed, 0, [0.2], window=window)
+    change = (one.image - ed.image).numpy()
+    np.testing.assert_allclose(change, 0.2 * ed.eigendistortions[:1].numpy() * window, atol=1e-12)
+    np.testing.assert_allclose(one.actual, moved(ed, one.image, 0.5))
+    jacobian = torch.func.jacrev(ed.model)(ed.image).reshape(60, 48)
+    np.testing.assert_allclose(
+        one.predicted, 0.5 * float((jacobian @ torch.as_tensor(change).flatten()).norm()), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_amplitude(dtype):
+    ed = synthesized(dtype=dtype)
+    for index in (0, -1):
+        most = stimuli.max_amplitude(ed, index)
+        for one in stimuli.series(ed, index, [most, -most]):
+            assert one.clipped == 0 and one.image.min() >= 0 and one.image.max() <= 1
+        with pytest.raises(ValueError, match=r"at amplitude .*, .* % of the elements leave the gamut: stay below"):
+            stimuli.series(ed, index, [1.05 * most, -1.05 * most])
+        one, other = stimuli.series(ed, index, [3 * most, -3 * most], clip=True)
+        assert max(one.clipped, other.clipped) > 0 and one.image.min() >= 0 and one.image.max() <= 1
+        np.testing.assert_allclose(one.actual, moved(ed, one.image), rtol=1e-4)
+
+
+def test_nothing_is_written_where_something_would_clip(tmp_path):
+    ed = synthesized()
+    with pytest.raises(ValueError, match="leave the gamut"):
+        stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, 50.0])
+    assert not (tmp_path / "new").exists()
+    path = stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, 50.0], clip=True)
+    assert [float(row["clipped"]) > 0 for row in table(path)] == [False, False, True, False, True]
+
+
+def test_sixteen_bits_are_sixteen_bits(tmp_path):
+    ed = synthesized()
+    path = stimuli.export(ed, tmp_path, 0, [0.1], bits=16)
+    with Image.open(path.parent / "index0_000.png") as file:
+        assert file.mode.startswith("I")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"unit": "d"}, ValueError, "unit must be one of 'norm', 'rms', 'threshold'"),
+        ({"format": "jpg"}, ValueError, "format must be one of 'png', 'tiff', 'npy'"),
+        ({"bits": 12}, ValueError, "bits must be 8 or 16, got 12"),
+        ({"gamut": (0.5, 1)}, ValueError, "gamut must hold the image, whose values are from 0.3"),
+        ({"amplitudes": [np.nan]}, ValueError, "amplitudes must be an array .*finite"),
+        ({"indices": 2}, IndexError, "index must be a position among the 2 eigendistortions found"),
+        ({"window": np.ones(3)}, ValueError, r"window must be of the image's shape \(1, 1, 6, 8\), or of its last"),
+        ({"window": np.zeros((6, 8))}, ValueError, "window leaves nothing of the distortion"),
+        ({"folder": ""}, ValueError, "folder must be a path"),
+        ({"dither": "yes"}, TypeError, "rng must be a seed"),
+        ({"ed": 3}, TypeError, "ed must be an Eigendistortion, got 3"),
+    ],
+)
+def test_bad_input(tmp_path, change, error, message):
+    options = {"ed": synthesized(), "folder": tmp_path, "amplitudes": [0.1]} | change
+    with pytest.raises(error, match=message):
+        stimuli.export(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_that_are_no_pictures(tmp_path):
+    with pytest.raises(ValueError, match="16 bits are written of grey images alone"):
+        stimuli.export(synthesized((3, 4, 4)), tmp_path, bits=16)
+    with pytest.raises(ValueError, match=r"a png file takes a grey image, or one of three channels, got shape \(48,\)"):
+        stimuli.export(synthesized((48,)), tmp_path)
+    with pytest.raises(ValueError, match=r"call synthesize\(\) first"):
+        stimuli.max_amplitude(Eigendistortion(torch.rand(4), torch.sin), 0)
+    null = Eigendistortion(torch.full((4,), 0.5), lambda x: x[:2] * 2).synthesize(progress=False)
+    with pytest.raises(ValueError, match="the threshold of this distortion is infinite"):
+        stimuli.series(null, -1, [1.0], unit="threshold")
