@@ -270,11 +270,8 @@ def _certify_anew(
 def as_fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
-    what = "a FisherOperator or a JacobianOperator"
-    cure = (
-        "use its .operator" if hasattr(operator, "operator") else "make one by FisherOperator(image, model), or by of"
-    )
-    return checks.instance("operator", operator, FisherOperator, what, cure)
+    cure = "use its .operator" if hasattr(operator, "operator") else "make one of a model or, by of(), of a matrix"
+    return checks.instance("operator", operator, FisherOperator, "a FisherOperator or a JacobianOperator", cure)
 
 
 def _check_state(state: Any) -> None:

@@ -141,18 +141,18 @@ def series(
     low, high = _gamut(ed, gamut)
     checks.choice("unit", unit, _UNITS)
     clip = checks.flag("clip", clip)
-    amplitudes = checks.array("amplitudes", amplitudes, ("p",)).astype(np.float64)
+    sizes = checks.array("amplitudes", amplitudes, ("p",)).astype(np.float64)
     length = norm(change.double())
     slope = _slope(ed, change)
     if unit == "rms":
-        amplitudes = amplitudes * change.numel() ** 0.5 / length
+        sizes = sizes * change.numel() ** 0.5 / length
     elif unit == "threshold":
         if slope == 0:
             raise ValueError("the threshold of this distortion is infinite: give amplitudes in another unit")
-        amplitudes = amplitudes / slope
+        sizes = sizes / slope
     result, found = ed.result, []
     assert result is not None  # or there were no change
-    for amplitude in amplitudes.tolist():
+    for amplitude in sizes.tolist():
         wanted = ed.image.double() + amplitude * change.double()
         rounding = 4 * torch.finfo(ed.image.dtype).eps * max(abs(low), abs(high), 1.0)
         share = float(((wanted < low - rounding) | (wanted > high + rounding)).double().mean())
@@ -206,8 +206,8 @@ def export(
         It is made if there is none; files of the same names in it are replaced.
     indices : int or sequence of int
         Positions among the distortions found.
-    amplitudes, unit, gamut, window, clip
-        As in `series`. The gamut's ends become black and white.
+    amplitudes, unit
+        As in `series`.
     format : {"png", "tiff", "npy"}
         The last holds the tensor itself.
     bits : {8, 16}
@@ -216,6 +216,8 @@ def export(
         A seed: each value between two levels goes to the upper one with the probability that keeps its mean (L. G.
         Roberts, Picture coding using pseudo-random noise, 1962), so that small distortions survive 8 bits. By default
         values go to the nearest level.
+    gamut, window, clip
+        As in `series`. The gamut's ends become black and white.
 
     Returns
     -------
