@@ -270,7 +270,7 @@ def _certify_anew(
 def as_fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
     if isinstance(operator, JacobianOperator):
         return operator.fisher
-    cure = "use its .operator" if hasattr(operator, "operator") else "make one of a model or, by of(), of a matrix"
+    cure = "use its .operator" if hasattr(operator, "operator") else "make one of a matrix by FisherOperator.of"
     return checks.instance("operator", operator, FisherOperator, "a FisherOperator or a JacobianOperator", cure)
 
 

@@ -218,8 +218,9 @@ def _check_same(response: Tensor, again: Tensor) -> None:
 def check_image(image: Tensor) -> None:
     cure = "the image comes first, then the model" if callable(image) else "use torch.as_tensor(image)"
     if isinstance(image, tuple | list | Mapping) and any(isinstance(part, Tensor) for part in _values(image)):
-        cure = "bind the model's other arguments, as functools.partial(model, mask=mask) does, and pass one tensor; "
-        cure += "FisherOperator.pooled takes many images"
+        cure = "bind the model's other arguments, as functools.partial(model, mask=mask) does, and pass one tensor"
+        if isinstance(image, list):
+            cure = "FisherOperator.pooled takes many images; " + cure
     checks.instance("image", image, Tensor, "a torch.Tensor", cure)
     if image.dtype not in (torch.float32, torch.float64):
         cure = "use image.to(torch.float32)"
