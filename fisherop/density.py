@@ -60,6 +60,8 @@ class Quadrature:
     def __init__(self, nodes: ArrayLike, start: ArrayLike, residuals: ArrayLike, noise: float) -> None:
         self.nodes = checks.array("nodes", nodes, ("m",)).astype(np.float64)
         shape = (len(self.nodes),)
+        if shape == (0,):
+            checks.refuse(ValueError, "nodes", "at least one number", nodes)
         self.start, self.residuals = (
             checks.array(name, x, shape).astype(np.float64) for name, x in (("start", start), ("residuals", residuals))
         )

@@ -180,7 +180,7 @@ def principal_distortions(
         models: Any = model_a
         return principal_pair(image, models, tol=tol, on_failure=on_failure, **common, **options)
     several = sorted({"n_starts", "basis_memory", "box", "scale"} & set(options))
-    if several or not isinstance(k, int | np.integer):
+    if several or callable(k) or isinstance(k, FisherOperator):
         what = ", ".join(several) if several else "a third model"
         raise TypeError(f"{what} goes with a list of models, as in principal_distortions(image, [model_a, model_b])")
     operators = [as_operator(name, m, image, options) for name, m in (("model_a", model_a), ("model_b", model_b))]

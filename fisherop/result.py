@@ -222,7 +222,7 @@ class EigenResult:
         None where another method was used, a start was given, or a restart lost what it takes. See `spectral_density`
         for more random vectors, and narrower bands.
         """
-        runs = self.details.get("quadrature")
+        runs = self.details.get("quadrature") if self.method == "golub_kahan" else None
         if not runs:
             return None
         return SpectralDensity.of_runs((Quadrature(**run) for run in runs), self.image_size, self.n_products)

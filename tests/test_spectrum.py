@@ -1,5 +1,7 @@
 """The spectral density against all eigenvalues: quadrature bounds what it says, and bands hold as often as they say."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers import SPECTRA, diagonal, linear_operator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherop import Eigendistortion, FisherOperator, eigenpairs, noise, plot, spaces, spectral_density
+from fisherop import Eigendistortion, FisherOperator, eigenpairs, files, noise, plot, spaces, spectral_density
 from fisherop.density import Quadrature
 from fisherop.jacobian import OfModel, Transposed
 from fisherop.krylov.lanczos import LanczosFactorization
@@ -179,6 +181,21 @@ def test_it_is_saved_with_the_rest(tmp_path):
     again = Eigendistortion.from_file(tmp_path / "ed.npz", model)
     assert str(again.result.density) == str(ed.result.density)
     assert again.result.density.count_below(1e-2) == ed.result.density.count_below(1e-2)
+
+
+@pytest.mark.parametrize(
+    "damage", [3, [3], None, [{"nodes": [1.0]}], [{"nodes": [], "start": [], "residuals": [], "noise": 0}]]
+)
+def test_a_damaged_file(tmp_path, damage):
+    model = linear_model(matrix_with_singular_values(np.geomspace(1, 1e-2, 60), 60, 60))
+    ed = Eigendistortion(torch.zeros(60, dtype=torch.float64), model)
+    ed.synthesize(method="golub_kahan", rng=0, progress=False).save(tmp_path / "ed.npz")
+    fields = files.read(tmp_path / "ed.npz")
+    details = json.loads(fields["details"].item()) | {"quadrature": damage}
+    del fields["versions"]
+    files.write(tmp_path / "ed.npz", fields | {"details": json.dumps(details)})
+    with pytest.raises(ValueError, match="is damaged or was altered: its details can't be right"):
+        Eigendistortion.from_file(tmp_path / "ed.npz", model)
 
 
 def test_few_responses():
