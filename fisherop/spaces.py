@@ -76,7 +76,8 @@ def mask(weights: ArrayLike | Tensor) -> Space:
     ----------
     weights : array_like, shape of the image or of its last dimensions
         Zeros and ones, or weights from 0 to 1, as at a soft edge: the norm of a change is that of change / weight, so
-        that distortions fade out towards the edge.
+        that the most noticeable distortions fade out towards the edge. The least noticeable ones then lie where weights
+        are small, since a change of norm 1 is small there: for those take zeros and ones.
     """
     values = checks.array("weights", weights, what="an array of weights from 0 to 1")
     if values.ndim == 0 or (values < 0).any() or (values > 1).any() or not values.any():

@@ -1,6 +1,8 @@
 """Subspaces and metrics: their bases against dense definitions, the extremes of F within them against dense truth."""
 
+import importlib
 import itertools
+import pathlib
 import pickle
 
 import numpy as np
@@ -12,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
 
-from fisherop import ConvergenceError, Eigendistortion, FisherOperator, JacobianOperator, eigenpairs, noise, spaces
+from fisherop import (
+    ConvergenceError,
+    Eigendistortion,
+    FisherOperator,
+    JacobianOperator,
+    eigenpairs,
+    images,
+    noise,
+    spaces,
+)
 from fisherop.basis import Basis
 from fisherop.testing import check_adjoint, matrix_with_singular_values
 
@@ -206,6 +217,22 @@ def test_masking_needs_no_masked_model():
     np.testing.assert_allclose(rms, amplitudes / 30**0.5)
     predicted, actual = ed.response_change(-1, 1e-4)
     np.testing.assert_allclose(actual, predicted, rtol=1e-3)
+
+
+def test_on_off_finds_no_minimum_on_the_edge_of_an_aperture(monkeypatch):
+    """Of a photograph in an aperture on grey. A mask in the model puts all of it outside, one of soft edge there."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "examples")
+    on_off = importlib.import_module("models").OnOff().double().eval()
+    radius = np.hypot(*np.mgrid[-1:1:32j, -1:1:32j])
+    disc, edge = radius < 0.7, (radius < 0.7) & (radius > 0.58)
+    patch = images.photograph(as_gray=True, dtype=FLOAT64)[..., 110:366:8, 130:386:8]
+    x = torch.where(torch.as_tensor(disc), patch, 0.5)
+    ed = Eigendistortion(x, on_off, subspace=spaces.mask(disc)).synthesize(progress=False, rng=0)
+    shares = ed.eigendistortions[:, 0].numpy() ** 2
+    np.testing.assert_allclose(shares[:, disc].sum(axis=1), 1)
+    assert (shares[:, edge].sum(axis=1) < edge.sum() / disc.sum()).all()
+    within = Eigendistortion(x, lambda y: on_off(y) * torch.as_tensor(disc)).synthesize(progress=False, rng=0)
+    assert (within.eigendistortions[-1, 0].numpy()[disc] ** 2).sum() < 0.1
 
 
 OBSERVED = {
