@@ -8,7 +8,7 @@ image or, by their method ``of``, of any matrix. `eigenpairs` finds both ends of
 of any matrix, and `certify` judges vectors that another solver found.
 
 `principal_distortions` finds the changes that tell two models, or several, apart best. `spectral_density` estimates how
-all eigenvalues are spread.
+all eigenvalues are spread. `sweep` does many images, layers and models, here or on a cluster.
 
 Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.plot`
 (figures), `fisherop.stimuli` (pictures for an experiment), `fisherop.images` (photographs and test images),
@@ -31,6 +31,7 @@ from fisherop.result import Answer, ConvergenceError, EigenResult, SolverStopped
 from fisherop.several_models import PrincipalPair, principal_pair
 from fisherop.solve import eigenpairs
 from fisherop.spectrum import spectral_density
+from fisherop.sweeps import Record, SweepError, SweepResult, sweep
 from fisherop.triplets import SingularTriplets, singular_triplets
 
 __version__ = "0.1.0"
@@ -46,10 +47,13 @@ __all__ = [
     "Linearization",
     "PrincipalDistortions",
     "PrincipalPair",
+    "Record",
     "SingularTriplets",
     "SolverStopped",
     "SpectralDensity",
     "Status",
+    "SweepError",
+    "SweepResult",
     "certify",
     "eigenpairs",
     "linearize",
@@ -57,6 +61,7 @@ __all__ = [
     "principal_pair",
     "singular_triplets",
     "spectral_density",
+    "sweep",
 ]
 _MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "stimuli", "testing")
 

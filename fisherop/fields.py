@@ -69,6 +69,7 @@ RESULT: dict[str, Field] = _K_FIELDS | {
     "model": Field(TEXT, is_optional=True),
     "observed": Field(TEXT, is_optional=True),  # where there is noise, a subspace or a metric
     "attributes": Field(TEXT, (None,), is_optional=True),
+    "seconds": Field(_FLOAT, is_optional=True),  # that a task of a sweep took
 }
 _EACH_PAIR = 2**24  # bytes of text that details, with their history, and states may take for each pair
 _ANY = 10_000  # entries of a field of any length

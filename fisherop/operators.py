@@ -21,6 +21,7 @@ from fisherop.from_operator import as_jacobian
 from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled, uncounted
 from fisherop.model.linearize import Linearization, linearize
 from fisherop.observed import at, how, observe
+from fisherop.on_workers import spread
 from fisherop.pooled import pool
 from fisherop.spaces import Space
 
@@ -85,6 +86,8 @@ class _Operator(ByRows):
         *,
         weights: Sequence[float] | None = None,
         memory: int = 2**30,
+        client: Any = None,
+        timeout: float = 60.0,
         noise: Any = None,
         subspace: Space | None = None,
         metric: Any = None,
@@ -106,6 +109,9 @@ class _Operator(ByRows):
         memory : int
             Bytes for what is computed at the images. Those beyond it are linearized again at each product, for an
             `nn.Module` from the program that is kept, at about twice the time.
+        client : distributed.Client, optional
+            Of a Dask cluster: its workers share the images, each within `memory`, with copies of the model as in
+            `sweep`. They may die and come back; after `timeout` seconds without any, products raise RuntimeError.
         noise, subspace, metric, engine, chunk_size
             As of an operator of one image.
 
@@ -114,10 +120,10 @@ class _Operator(ByRows):
         TypeError, ValueError, RuntimeError
             As by `linearize`; ValueError if the images or the weights do not fit each other.
         """
-
-        options = {"engine": engine, "chunk_size": chunk_size}
-        build = functools.partial(at, model=model, options=options, observed=(noise, subspace, metric))
-        return cls._from(pool(images, build, weights, memory))
+        made: Any = {"options": {"engine": engine, "chunk_size": chunk_size}, "observed": (noise, subspace, metric)}
+        if client is not None:
+            return cls._from(spread(images, model, weights, memory, client, timeout, **made))
+        return cls._from(pool(images, functools.partial(at, model=model, **made), weights, memory))
 
     @classmethod
     def _from(cls, products: Jacobian) -> Self:

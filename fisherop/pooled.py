@@ -60,6 +60,20 @@ class Pooled(Stacked):
         self.image_shape = image_shape
 
 
+def checked(images: Sequence[Tensor], weights: Sequence[float] | None) -> tuple[list[Tensor], list[float]]:
+    """Images of one shape, and a weight for each, by default 1 / n."""
+    if isinstance(images, Tensor):
+        checks.refuse(TypeError, "images", "a sequence of images", images, "use images.split(1)")
+    images = checks.several("images", images, Tensor, "a sequence of at least one image, each a tensor")
+    weights = [1 / len(images)] * len(images) if weights is None else list(weights)
+    if len(weights) != len(images):
+        checks.refuse(ValueError, "weights", f"a number from 0 for each of the {len(images)} images", weights)
+    for image in images:
+        if image.shape != images[0].shape:
+            raise ValueError(f"images must share one shape, got {tuple(image.shape)} beside {tuple(images[0].shape)}")
+    return images, weights
+
+
 def pool(
     images: Sequence[Tensor],
     build: Callable[[Tensor], tuple[Jacobian, int | None]],
@@ -78,16 +92,9 @@ def pool(
     memory : int
         Bytes.
     """
-    if isinstance(images, Tensor):
-        checks.refuse(TypeError, "images", "a sequence of images", images, "use images.split(1)")
-    images = checks.several("images", images, Tensor, "a sequence of at least one image, each a tensor")
-    weights = [1 / len(images)] * len(images) if weights is None else list(weights)
-    if len(weights) != len(images):
-        checks.refuse(ValueError, "weights", f"a number from 0 for each of the {len(images)} images", weights)
+    images, weights = checked(images, weights)
     spare, parts = checks.memory("memory", memory), []
     for weight, image in zip(weights, images, strict=True):
-        if image.shape != images[0].shape:
-            raise ValueError(f"images must share one shape, got {tuple(image.shape)} beside {tuple(images[0].shape)}")
         J, held = build(image)
         if held is not None and held <= spare:
             spare -= held

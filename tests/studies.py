@@ -1,0 +1,48 @@
+"""What the workers of a sweep import, and a sweep in a process of its own, to be killed."""
+
+import sys
+import time
+
+import torch
+
+import fisherop
+
+
+class Net(torch.nn.Module):
+    """Two layers, for grey images; it rejects an image that begins with −1."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.first = torch.nn.Conv2d(1, width, 3, padding=1)
+        self.second = torch.nn.Conv2d(width, width, 3, padding=1)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=g) * 0.3
+
+    def forward(self, x):
+        if x.flatten()[0] == -1:
+            raise ValueError("this image is rejected")
+        return torch.tanh(self.second(torch.relu(self.first(x))))
+
+
+def build():
+    return Net().eval()
+
+
+def images(count, size=8):
+    return [torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def slow():
+    """Each response to an image takes a while, so that a sweep of it can be killed in the middle."""
+    model = Net().eval()
+
+    def hook(module, inputs):
+        time.sleep(0.05)
+
+    model.register_forward_pre_hook(hook)
+    return model
+
+
+if __name__ == "__main__":
+    fisherop.sweep(images(8), [(slow, "first"), slow], store=sys.argv[1], tol=1e-4, rng=0, progress=False)

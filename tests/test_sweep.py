@@ -1,0 +1,419 @@
+"""Sweeps: each task is what `Eigendistortion` finds, is done once, and is lost by nobody's death."""
+
+import contextlib
+import csv
+import multiprocessing
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import studies
+import torch
+from helpers import assert_truthful
+from studies import Net, build, images
+
+import fisherop
+from fisherop import Eigendistortion, LayerResponse, SweepError, noise, spaces, sweep
+
+HERE = pathlib.Path(__file__).parent
+
+
+def run(several, models, **options):
+    return sweep(several, models, **({"tol": 1e-4, "rng": 0, "progress": False} | options))
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in pathlib.Path(folder).glob("*.npz")}
+
+
+@contextlib.contextmanager
+def no_executor():
+    yield None
+
+
+@contextlib.contextmanager
+def threads():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def spawned():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def loky():
+    module = pytest.importorskip("loky", reason="loky is not installed")
+    pool = module.ProcessPoolExecutor(2)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(kill_workers=True)
+
+
+@contextlib.contextmanager
+def cluster():
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sockets that a killed worker left, and of ports in use
+        with (
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as workers,
+            distributed.Client(workers) as client,
+        ):
+            yield client
+
+
+@contextlib.contextmanager
+def dask():
+    with cluster() as client:
+        yield client.get_executor()
+
+
+def pids(pool):
+    if hasattr(pool, "_client"):
+        return sorted(pool._client.run(os.getpid).values())
+    return sorted(pool._processes)
+
+
+@pytest.mark.parametrize("where", [no_executor, threads, spawned, loky, dask])
+def test_every_task_is_done_wherever_it_runs(where, tmp_path):
+    several, models = images(3), [(build, "first"), build, (Net(3).eval(), "first")]
+    own = [LayerResponse(build(), "first"), build(), LayerResponse(Net(3).eval(), "first")]
+    before = torch.get_num_threads()
+    with where() as pool:
+        table = run(several, models, executor=pool)
+        kept = run(several, models, executor=pool, store=tmp_path)
+    assert torch.get_num_threads() == before
+    wanted = [(i, m, layer) for i in range(3) for m, layer in [("build", "first"), ("build", ""), ("Net", "first")]]
+    for found in (table, kept):
+        assert [(one.image, one.model, one.layer) for one in found] == wanted
+        assert not found.failed
+        for one, (i, model) in zip(found, [(i, model) for i in range(3) for model in own], strict=True):
+            dense = torch.func.jacrev(model)(several[i]).reshape(-1, 64)
+            ed = found.load(one)
+            assert_truthful(ed.result, dense.detach().double().numpy())
+            np.testing.assert_array_equal(one.eigenvalues, ed.result.eigenvalues)
+            np.testing.assert_array_equal(one.thresholds, ed.detection_thresholds()[0])
+            assert one.status == tuple(ed.result.status.astype(str)) and one.seconds > 0
+    assert len(stamps(tmp_path)) == len({one.file for one in kept}) == 9
+
+
+def test_what_is_there_is_not_done_again(tmp_path):
+    several, models = images(2), [build, (build, "first")]
+    first = run(several, models, store=tmp_path)
+    before = stamps(tmp_path)
+    again = run(several, models, store=tmp_path, maxiter=500)
+    assert stamps(tmp_path) == before
+    for one, other in zip(first, again, strict=True):
+        assert one.file == other.file and one.seconds == other.seconds and one.n_products == other.n_products
+        np.testing.assert_array_equal(one.eigenvalues, other.eigenvalues)
+    more = run([*several, *images(3)[2:]], models, store=tmp_path)
+    assert len(stamps(tmp_path)) == len(more) == 6
+    assert before.items() <= stamps(tmp_path).items()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap(path):
+    other = next(p for p in path.parent.glob("*.npz") if p != path)
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, lambda path: path.write_bytes(b""), pathlib.Path.unlink])
+def test_a_damaged_file_is_done_again(damage, tmp_path):
+    several = images(3)
+    first = run(several, [build], store=tmp_path)
+    before, path = stamps(tmp_path), pathlib.Path(first[1].file)
+    damage(path)
+    again = run(several, [build], store=tmp_path)
+    now = stamps(tmp_path)
+    assert [name for name in now if now[name] != before[name]] == [path.name]
+    np.testing.assert_allclose(again[1].eigenvalues, first[1].eigenvalues)
+    assert again.load(again[1]).result.converged.all()
+
+
+class Slope(torch.nn.Module):
+    """Attributes, closures, defaults and globals that a response may depend on, and no parameter shows."""
+
+    def __init__(self, attribute=1.0, inner=1.0, buffer=1.0):
+        super().__init__()
+        self.attribute, self.inner = attribute, lambda x, factor=inner: factor * x
+        self.register_buffer("hidden", torch.tensor(buffer), persistent=False)
+
+    def forward(self, x):
+        return torch.sin(self.inner(x) * self.attribute * self.hidden * GLOBAL)
+
+
+class Other(Slope):
+    def forward(self, x):
+        return torch.cos(self.inner(x) * self.attribute * self.hidden)
+
+
+GLOBAL = 1.0
+
+
+def test_a_name_stands_for_all_that_a_result_depends_on(tmp_path, monkeypatch):
+    image = images(1)
+    kinds = [
+        ([Slope()], {}),
+        ([Slope(2.0)], {}),
+        ([Slope(1.0, 2.0)], {}),
+        ([Slope(1.0, 1.0, 2.0)], {}),
+        ([Other()], {}),
+        ([torch.sin], {}),
+        ([torch.cos], {}),
+        ([lambda x: x**2], {}),
+        ([lambda x: x**3], {}),
+        ([Slope()], {"k": 2}),
+        ([Slope()], {"tol": 1e-5}),
+        ([Slope()], {"rng": 1}),
+        ([Slope()], {"which": "largest"}),
+        ([Slope()], {"noise": noise.Gaussian(2.0)}),
+        ([Slope()], {"noise": noise.Gaussian(3.0)}),
+        ([Slope()], {"noise": noise.Gaussian(torch.full((64,), 2.0))}),
+        ([Slope()], {"noise": noise.Gaussian(torch.full((64,), 3.0))}),
+        ([Slope()], {"subspace": spaces.zero_mean()}),
+        ([Slope()], {"metric": torch.full((8, 8), 2.0)}),
+        ([Slope()], {"method": "exact"}),
+        ([Slope()], {"maxiter": 400, "max_basis": 30}),
+    ]
+    for count, (models, options) in enumerate(kinds, 1):
+        assert not run(image, models, store=tmp_path, **options).failed
+        assert len(stamps(tmp_path)) == count, options
+    run([image[0].double()], [Slope()], store=tmp_path)
+    run([image[0].reshape(1, 64)], [Slope()], store=tmp_path)
+    assert len(stamps(tmp_path)) == len(kinds) + 2
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", 2.0)
+    run(image, [Slope()], store=tmp_path)
+    assert len(stamps(tmp_path)) == len(kinds) + 3
+    before = stamps(tmp_path)
+    for models in ([Slope()], {"a name": pickle.loads(pickle.dumps(Net()))}, {"another": Net()}):
+        run(image, models, store=tmp_path)
+    assert len(stamps(tmp_path)) == len(before) + 1  # a new name is the same model
+
+
+def test_names_are_the_same_in_every_process(tmp_path):
+    run(images(2), [build, (build, "first")], store=tmp_path, noise=noise.Poisson())
+    before = stamps(tmp_path)
+    code = "from test_sweep import *; import sys; run(images(2), [build, (build, 'first')], store=sys.argv[1], "
+    code += "noise=noise.Poisson())"
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env)
+    assert stamps(tmp_path) == before
+
+
+def test_a_failed_task_ends_nothing(tmp_path):
+    several = images(3)
+    several[1] = several[1].clone()
+    several[1][..., 0, 0] = -1
+    table = run(several, {"net": build, "none": (build, "nowhere")}, store=tmp_path)
+    assert [bool(one.error) for one in table] == [False, True, True, True, False, True]
+    assert "this image is rejected" in table[2].error and "studies.py" in table[2].traceback
+    assert "has no layer 'nowhere'" in table[1].error
+    assert len(table.failed) == 4 and "2 of 6 tasks done" in repr(table) and "rejected" in repr(table)
+    assert len(stamps(tmp_path)) == 2
+    with pytest.raises(ValueError, match="its task failed"):
+        table.load(table[1])
+    unfinished = run(several[:1], [build], maxiter=1, method="golub_kahan")
+    assert "ConvergenceError" in unfinished[0].error
+    path = tmp_path / "table.csv"
+    table.to_csv(path)
+    rows = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    assert [row["image"] for row in rows] == list("00011222")
+    assert float(rows[0]["eigenvalue"]) == table[0].eigenvalues[0] and rows[0]["file"] == table[0].file
+    assert "rejected" in rows[3]["error"] or "nowhere" in rows[3]["error"]
+
+
+def test_the_first_failure_may_end_it(tmp_path):
+    several = images(3)
+    several[1] = torch.full_like(several[1], -1)
+    with pytest.raises(SweepError, match="this image is rejected") as caught:
+        run(several, [build], on_error="raise", store=tmp_path)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert len(caught.value.result.failed) == 1
+    assert len(caught.value.result) - 1 == len(stamps(tmp_path))
+    with spawned() as pool, pytest.raises(SweepError, match=r"(?s)rejected.*Traceback.*studies.py"):
+        run(several, [build], on_error="raise", executor=pool)
+
+
+def test_after_ctrl_c_what_is_done_is_kept(tmp_path):
+    calls = []
+
+    def model(x):
+        calls.append(x)
+        if len({float(x.flatten()[0]) for x in calls}) == 3:
+            raise KeyboardInterrupt
+        return torch.sin(x)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(images(5), {"sine": model})
+    result = caught.value.result
+    assert len(result) == 2 and "2 of 5 tasks done, 3 not" in repr(result)
+    assert result.load(result[0]).result.converged.all()
+
+
+def test_the_models_in_this_process_stay_as_they_are():
+    model = Net().train()
+    table = run(images(1), [model])
+    assert model.training and "eval" in table[0].error or not table[0].error
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not run(images(2), [model, (model, "first")]).failed
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model.first._forward_hooks
+
+
+@pytest.mark.parametrize("where", [spawned, loky])
+def test_a_pool_that_has_lost_a_worker_loses_no_record(where, tmp_path):
+    """The pool is broken then: its records say so, and a sweep with a new one does what is missing."""
+    several, models = images(6), [(studies.slow, "first"), studies.slow]
+
+    def kill(pool):
+        while len(stamps(tmp_path)) < 2:
+            time.sleep(0.01)
+        os.kill(pids(pool)[0], signal.SIGKILL)
+
+    with where() as pool:
+        killer = threading.Thread(target=kill, args=(pool,), daemon=True)
+        killer.start()
+        table = run(several, models, executor=pool, store=tmp_path)
+        killer.join()
+    assert len(table) == 12 and 0 < len(table.failed) < 12
+    assert all("Broken" in one.error or "Terminated" in one.error for one in table.failed)
+    before = stamps(tmp_path)
+    with where() as pool:
+        table = run(several, models, executor=pool, store=tmp_path)
+    assert len(table) == 12 and not table.failed
+    assert before.items() <= stamps(tmp_path).items() and len(stamps(tmp_path)) == 12
+
+
+def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
+    several, models = images(6), [(studies.slow, "first"), studies.slow]
+    with dask() as pool:
+        def kill():
+            while len(stamps(tmp_path)) < 2:
+                time.sleep(0.01)
+            os.kill(pids(pool)[0], signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        table = run(several, models, executor=pool, store=tmp_path)
+        killer.join()
+    assert not table.failed
+    assert len(table) == 12 == len({one.file for one in table}) == len(stamps(tmp_path))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_after_the_death_of_its_client_only_what_is_missing_is_done(tmp_path):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    script = [sys.executable, str(HERE / "studies.py"), str(tmp_path)]
+    with subprocess.Popen(script, env=env) as client:
+        while len(stamps(tmp_path)) < 4:
+            assert client.poll() is None
+            time.sleep(0.01)
+        client.kill()
+    before = stamps(tmp_path)
+    assert 4 <= len(before) < 16
+    table = run(images(8), [(studies.slow, "first"), studies.slow], store=tmp_path)
+    assert not table.failed and len(table) == 16 == len(stamps(tmp_path))
+    assert before.items() <= stamps(tmp_path).items()
+
+
+def test_two_sweeps_may_share_a_folder(tmp_path):
+    """At the same time: what one has done, the other takes."""
+    several = images(6)
+    found = []
+    workers = [threading.Thread(target=lambda: found.append(run(several, [build], store=tmp_path))) for _ in range(2)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join()
+    assert [len(table) - len(table.failed) for table in found] == [6, 6] and len(stamps(tmp_path)) == 6
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.eigenvalues, other.eigenvalues, rtol=1e-3)
+
+
+def test_a_worker_that_does_not_see_the_folder_sends_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(fisherop.tasks, "mark_of", lambda folder: "of another folder")
+    monkeypatch.setattr(fisherop.plans, "open_store", lambda folder: folder.mkdir(exist_ok=True) or "of this folder")
+    table = run(images(2), [build], store=tmp_path / "new")
+    assert not table.failed and len(stamps(tmp_path / "new")) == 2
+    assert table.load(table[0]).result.converged.all()
+
+
+def test_pools_of_what_can_not_be_sent():
+    with spawned() as pool:
+        with pytest.raises(TypeError, match="can't be sent to other processes"):
+            run(images(1), [build], executor=pool, noise=threading.Lock())
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((torch.zeros(2, 1, 4, 4), [build]), TypeError, r"images must be .*: use images.split\(1\)"),
+        (([], [build]), ValueError, "images must be a sequence of at least one image"),
+        (([1.0], [build]), TypeError, "what images holds must be of type Tensor"),
+        ((images(1), build), TypeError, "models must be a sequence of at least one model"),
+        ((images(1), []), ValueError, "models must be a sequence of at least one model"),
+        ((images(1), ["resnet18"]), TypeError, r"models\[0\] must be a sequence of at least"),
+        ((images(1), {"a": (build, 3)}), TypeError, "the layer of models\\['a'\\] must be the name of a submodule"),
+        ((images(1), [build, build]), ValueError, "'build' is there twice"),
+    ],
+)
+def test_bad_images_and_models(arguments, error, message):
+    with pytest.raises(error, match=message):
+        run(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"executor": 3}, TypeError, "executor must be None, or of the interface of concurrent.futures.Executor"),
+        ({"executor": type("Client", (), {"get_executor": 1, "submit": 1})()}, TypeError, "pass client.get_executor"),
+        ({"k": 0}, ValueError, "k must be"),
+        ({"tol": 2.0}, ValueError, "tol must be"),
+        ({"which": "all"}, ValueError, "which must be"),
+        ({"method": "arpack"}, ValueError, "method must be one of"),
+        ({"rng": np.random.default_rng(0)}, TypeError, "rng must be a seed"),
+        ({"on_error": "ignore"}, ValueError, "on_error must be one of"),
+        ({"threads": 0}, ValueError, "threads must be"),
+        ({"checkpoint": "file"}, TypeError, "sweep has no option 'checkpoint'"),
+        ({"on_failure": "warn"}, TypeError, "sweep has no option 'on_failure'"),
+        ({"store": 3}, TypeError, "store must be"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        run(images(1), [build], **options)
+
+
+def test_a_builder_that_builds_no_model():
+    table = run(images(1), {"b": lambda: torch.zeros(3)})
+    assert "the model b can be called without arguments" in table[0].error and "gave a Tensor" in table[0].error
+
+
+def test_images_have_names_and_models_of_one_name_are_told_apart():
+    table = run(dict(zip("ab", images(2), strict=True)), [Net().eval(), Net(3).eval(), (Net(5).eval(), "first")])
+    assert [(one.image, one.model) for one in table] == [(i, m) for i in "ab" for m in ("Net", "Net 2", "Net 3")]
+    assert isinstance(table.load(table[-1]), Eigendistortion)
+    with pytest.raises(ValueError, match="record must be of this sweep"):
+        table.load(run(images(1), {"other": build})[0])
