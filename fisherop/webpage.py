@@ -31,7 +31,7 @@ _MOST = 256 * 10**6  # bytes of a page: browsers open no text of more than 512 M
 
 
 class Entry(NamedTuple):
-    """What a page shows of one image, whoever found it: the distortions at `places` of the result, (K, *image_shape)."""
+    """What a page shows of an image: of its result the pairs at `places`, as changes (K, *image_shape)."""
 
     label: str
     image: Tensor
@@ -114,25 +114,24 @@ def page(
 def _entries(source: Any, places: list[int] | None) -> Iterator[Entry]:
     """Each thing to show, with a label of its own, one at a time."""
     what = "an Eigendistortion, or several, each alone or as (label, Eigendistortion)"
-    several = [source] if isinstance(source, Distortions) else source
+    several: Any = [source] if isinstance(source, Distortions) else source
     if isinstance(several, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(several, Iterable):
-        checks.refuse(TypeError, "source", what, source)
+        checks.refuse(TypeError, "source", what, source, "use its items()" if isinstance(source, Mapping) else "")
     seen: dict[str, int] = {}
     for one in several:
-        label, ed = one if isinstance(one, tuple) and len(one) == 2 else (None, one)
-        checks.instance("what source holds", ed, Distortions, "an Eigendistortion, or (label, Eigendistortion)")
-        label = type(ed.model).__name__ if label is None else checks.instance("label", label, str, "a text")
+        label, ed = one if isinstance(one, tuple) and len(one) == 2 else ("", one)
+        ed = checks.instance("what source holds", ed, Distortions, "an Eigendistortion, or (label, Eigendistortion)")
+        label = checks.instance("a label in source", label, str, "a text") or type(ed.model).__name__
         seen[label] = seen.get(label, 0) + 1
         label += f" ({seen[label]})" if seen[label] > 1 else ""
-        if ed.result is None or len(ed.result.eigenvalues) == 0:
+        result = ed.result
+        if result is None or len(result.eigenvalues) == 0:
             raise ValueError(f"there are no eigendistortions of {label!r} to show: call synthesize() first")
-        count = len(ed.result.eigenvalues)
+        count = len(result.eigenvalues)
         found = range(count) if places is None else places
         chosen = [checks.position("indices", i, count, "eigendistortions found") % count for i in found]
         chosen = list(dict.fromkeys(chosen))
-        yield Entry(
-            label, ed.image, ed.result, chosen, ed.operator.to_tensors(ed.result.eigenvectors[:, chosen]).detach()
-        )
+        yield Entry(label, ed.image, result, chosen, ed.operator.to_tensors(result.eigenvectors[:, chosen]))
     if not seen:
         checks.refuse(ValueError, "source", what, source)
 
