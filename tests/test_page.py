@@ -279,6 +279,12 @@ def test_the_slider_moves_pixels_by_what_it_says(browser, tmp_path, shape, dtype
     browser.get(plot.page(ed, tmp_path / "page.html", vrange=vrange).as_uri())
     vrange = vrange or (float(ed.image.min()), float(ed.image.max()))
     np.testing.assert_allclose(value(browser, "rms"), 0.05 * (vrange[1] - vrange[0]), rtol=0.005)
+    between = vrange[0] + (np.arange(-1, 256) + 0.5)[:, None] / 255 * (vrange[1] - vrange[0]) * (
+        1 + np.linspace(-1e-7, 1e-7, 21)
+    )  # two levels, where the image's precision decides
+    rounded = torch.as_tensor(between).clamp(*vrange).to(dtype)
+    got = browser.execute_script("return arguments[0].map(level)", between.flatten().tolist())
+    assert got == stimuli._levels(rounded, *vrange, 255, None).flatten().tolist()
     for index in range(len(ed.result.eigenvalues)):
         choose(browser, "distortion", index)
         assert element(browser, "distortion").get_property("selectedIndex") == index
