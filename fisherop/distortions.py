@@ -10,9 +10,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fisherop import checks
+from fisherop import checks, markup
 from fisherop.model.pickles import BuiltAnew
+from fisherop.model.slopes import norm
 from fisherop.operators import FisherOperator
+from fisherop.pictures import figure
 from fisherop.progress import progress_bar
 from fisherop.result import EigenResult
 from fisherop.thresholds import amplitudes_at_threshold, change_along, linear_until
@@ -31,6 +33,23 @@ class Distortions(BuiltAnew):
     def __repr__(self) -> str:
         found = "not synthesized" if self.result is None else f"{len(self.result.eigenvalues)} eigendistortions"
         return f"<Eigendistortion of {type(self.model).__name__} at an image {tuple(self.image.shape)}: {found}>"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the image with the first and the last distortion, and the certified table."""
+        head, result = markup.paragraph(repr(self)[1:-1]), self.result
+        if result is None or len(result.eigenvalues) == 0:
+            return head + markup.paragraph("Nothing has been found yet: call synthesize().")
+        ends = list(dict.fromkeys([0, len(result.eigenvalues) - 1]))
+        changes = self.operator.to_tensors(result.eigenvectors[:, ends])
+        try:
+            shown = figure(self.image, changes, [f"distortion {result.eigenindex[i]}" for i in ends])
+        except ValueError as error:  # an image that is no picture
+            shown = markup.paragraph(f"No picture: {error}.")
+        places = result._some()
+        norms = [norm(self.operator.to_tensors(result.eigenvectors[:, [i]])[0].double()) for i in places]
+        amplitudes = amplitudes_at_threshold(result)[places]
+        more = markup.thresholds(amplitudes.tolist(), (amplitudes * norms / self.image.numel() ** 0.5).tolist())
+        return head + shown + result._html(places, more)
 
     def compute_jacobian(self, *, progress: bool = True) -> Tensor:
         """The Jacobian (M, N) as a tensor on the image's device; it is kept in `jacobian`.

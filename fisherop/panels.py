@@ -9,8 +9,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fisherop import checks
 
@@ -25,46 +24,6 @@ class Panel(NamedTuple):
     pixels: NDArray
     vrange: tuple[float, float]
     title: str
-
-
-def to_pictures(
-    image: Tensor | ArrayLike, as_rgb: bool | None = None, channel_idx: int | None = None, name: str = "image"
-) -> list[NDArray]:
-    """The pictures that `imshow` shows of an image: one (height, width, 3), or a (height, width) for each channel."""
-    image = image.detach() if isinstance(image, Tensor) else image
-    pixels = checks.array(name, image, what="an array of shape (..., height, width)").astype(np.float64)
-    if pixels.ndim < 2 or pixels.size == 0:
-        checks.refuse(ValueError, name, "of shape (..., height, width), and not empty", image)
-    as_rgb = as_rgb if as_rgb is None else checks.flag("as_rgb", as_rgb)
-    channels = pixels.reshape(-1, *pixels.shape[-2:])
-    count = len(channels)
-    if channel_idx is not None:
-        if as_rgb:
-            raise ValueError(f"as_rgb shows all channels, and channel_idx={channel_idx} one: give one of them")
-        return [channels[checks.position("channel_idx", channel_idx, count, "channels")]]
-    if as_rgb and count != 3:
-        raise ValueError(f"as_rgb needs an image of three channels, (..., 3, height, width), got shape {pixels.shape}")
-    return [np.moveaxis(channels, 0, -1)] if count == 3 and as_rgb is not False else list(channels)
-
-
-def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None) -> tuple[float, float]:
-    """Black and white: (0, 1) where all pictures keep to it, else their extremes."""
-    if vrange is None:
-        least, most = float(min(p.min() for p in pictures)), float(max(p.max() for p in pictures))
-        vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (least, most)
-        if least == most and vrange != (0.0, 1.0):
-            raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
-    what = "two ascending numbers (black, white)"
-    low, high = checks.array("vrange", vrange, (2,), what).tolist()
-    if not 0 < high - low < np.inf:
-        checks.refuse(ValueError, "vrange", what, vrange)
-    return low, high
-
-
-def describe(vrange: tuple[float, float]) -> str:
-    low, high = vrange
-    digits = 3 + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))  # so that they differ
-    return f"black {low:.{digits}g}, white {high:.{digits}g}"
 
 
 def draw(

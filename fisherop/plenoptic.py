@@ -21,7 +21,8 @@ from torch import Tensor
 
 import fisherop.eigendistortion
 from fisherop import checks
-from fisherop.panels import Panel, describe, draw, to_pictures, value_range
+from fisherop.panels import Panel, draw
+from fisherop.pictures import describe, to_pictures, value_range
 from fisherop.plenoptic_files import LoadWarning, examine, is_torchs, load_checked
 from fisherop.result import EigenResult
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from fisherop import checks
 from fisherop.curves import convergence, density, response_change, spectrum
 from fisherop.eigendistortion import Eigendistortion
-from fisherop.panels import Panel, describe, draw, to_pictures, value_range
+from fisherop.panels import Panel, draw
+from fisherop.pictures import default_scale, describe, to_picture, to_pictures, value_range
 from fisherop.result import EigenResult
+from fisherop.webpage import page
 
 __all__ = [
     "compare",
@@ -23,6 +25,7 @@ __all__ = [
     "distortions",
     "eigendistortions",
     "imshow",
+    "page",
     "response_change",
     "spectrum",
 ]
@@ -247,8 +250,7 @@ def distortions(
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:
-    """The norm of distortions; by default their RMS is 5 % of the range from black to white."""
-    return 0.05 * (limits[1] - limits[0]) * size**0.5 if scale is None else checks.number("scale", scale)
+    return default_scale(limits, size) if scale is None else checks.number("scale", scale)
 
 
 def _pictures(ed: Eigendistortion) -> tuple[EigenResult, NDArray, list[NDArray]]:
@@ -256,11 +258,5 @@ def _pictures(ed: Eigendistortion) -> tuple[EigenResult, NDArray, list[NDArray]]
     checks.instance("ed", ed, Eigendistortion, "an Eigendistortion")
     if ed.result is None or len(ed.result.eigenvalues) == 0:
         raise ValueError("there are no eigendistortions to show: call synthesize() first")
-    blocks = [ed.image, *ed.operator.to_tensors(ed.result.eigenvectors)]
-    if ed.image.ndim < 2 or ed.image[..., 0, 0].numel() not in (1, 3):
-        raise ValueError(
-            f"the image must be grey (..., height, width) or colour (..., 3, height, width), got shape "
-            f"{tuple(ed.image.shape)}"
-        )
-    (image,), *distortions = (to_pictures(block) for block in blocks)
-    return ed.result, image, [d for (d,) in distortions]
+    changes = ed.operator.to_tensors(ed.result.eigenvectors)
+    return ed.result, to_picture(ed.image), [to_picture(change) for change in changes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherop import markup
 from fisherop.density import Quadrature, SpectralDensity
 
 
@@ -236,32 +237,65 @@ class EigenResult:
         return str(self)
 
     def __str__(self) -> str:
-        top = self.lambda_max_bounds[0]
-        scale = top if top > 0 else 1.0
-        lines = [
+        head, *rows = zip(*([name, *texts] for name, texts in self._columns().items()), strict=True)
+        lines = [self._head, ""]
+        for index, value, share, residual, status in (head, *rows):
+            lines.append(f"{index:>9}  {value:>12}  {share:>9}  {residual:>16}  {status}")
+        lines += ["", *(f"{name}: {text}" for name, text in self._notes().items())]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook; of more than 50 pairs the first 25 and the last 25."""
+        return self._html(self._some())
+
+    def _some(self, most: int = 50) -> list[int]:
+        """Places of all pairs, or of as many at both ends."""
+        count = len(self.eigenvalues)
+        return [i for i in range(count) if min(i, count - 1 - i) < most // 2 or count <= most]
+
+    def _html(self, places: Sequence[int], more: Mapping[str, Sequence[str]] | None = None) -> str:
+        """The table of the pairs at these places, with more columns, and all else that `str` says."""
+        count = len(self.eigenvalues)
+        some = "" if len(places) == count else f"{len(places)} of the {count} pairs that were found"
+        table = markup.table(self._columns(places) | dict(more or {}), some)
+        return f"{markup.paragraph(self._head)}{table}{markup.definitions(self._notes())}"
+
+    @property
+    def _head(self) -> str:
+        return (
             f"{self.method}: {len(self.eigenvalues)} eigenpairs of F ({self.image_size} × {self.image_size}), "
-            f"J is {self.response_size} × {self.image_size}, tol {self.tol:.0e}, {self.n_products:g} products",
-            "",
-            f"{'index':>9}  {'eigenvalue':>12}  {'/ λ_max':>9}  {'residual / λ_max':>16}  status",
-        ]
-        rows = zip(self.eigenindex, self.eigenvalues, self.residual_norms, self.status, strict=True)
-        for index, value, residual, status in rows:
-            lines.append(f"{index:>9}  {value:>12.5e}  {value / scale:>9.2e}  {residual / scale:>16.1e}  {status}")
-        upper = self.lambda_max_bounds[1]
+            f"J is {self.response_size} × {self.image_size}, tol {self.tol:.0e}, {self.n_products:g} products"
+        )
+
+    def _columns(self, places: Sequence[int] | None = None) -> dict[str, list[str]]:
+        """The table, of all pairs or of those at these places."""
+        places = range(len(self.eigenvalues)) if places is None else places
+        scale = self.lambda_max_bounds[0] if self.lambda_max_bounds[0] > 0 else 1.0
+        values, residuals = self.eigenvalues, self.residual_norms
+        return {
+            "index": [f"{self.eigenindex[i]}" for i in places],
+            "eigenvalue": [f"{values[i]:.5e}" for i in places],
+            "/ λ_max": [f"{values[i] / scale:.2e}" for i in places],
+            "residual / λ_max": [f"{residuals[i] / scale:.1e}" for i in places],
+            "status": [f"{self.status[i]}" for i in places],
+        }
+
+    def _notes(self) -> dict[str, str]:
+        """What holds of all pairs, each under its name."""
+        top, upper = self.lambda_max_bounds
         above = f" ≤ {upper:.5e}" if np.isfinite(upper) else ""
         low, high = self.lambda_min_bounds
         least = f"{low:.5g} ≤ λ_min ≤ {high:.5e}" if self.response_size >= self.image_size else "λ_min = 0 (M < N)"
-        lines += [
-            "",
-            f"λ_max: {top:.5e} ≤ λ_max{above}",
-            f"λ_min: {least}",
-            f"extreme: {self.ground}",
-            f"noise: residuals below {self.noise:.0e} λ_max are rounding",
-        ]
+        notes = {
+            "λ_max": f"{top:.5e} ≤ λ_max{above}",
+            "λ_min": least,
+            "extreme": self.ground,
+            "noise": f"residuals below {self.noise:.0e} λ_max are rounding",
+        }
         for name, value in self.details.items():
             if not isinstance(value, list):
-                lines.append(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
-        return "\n".join(lines)
+                notes[name] = f"{value:.3g}" if isinstance(value, float) else f"{value}"
+        return notes
 
 
 class ConvergenceError(RuntimeError):

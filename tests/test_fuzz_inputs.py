@@ -91,6 +91,7 @@ RIGHT = {
     "ncv": {"None", "2"},
     "operator": {"array", "number in an array", "integers", "empty array", "complex array"},
     "p": {"None", "0", "2", "huge"},
+    "page.indices": {"None", "0", "-1"},
     "probe": {"0", "2", "huge"},
     "progress": {"True"},
     "q": {"None", "0", "2", "huge"},
@@ -211,6 +212,10 @@ def calls(names):
             {"ed": ed, "indices": 0, "scale": 1.0, "vrange": None, "zoom": 1},
         ),
         "compare": (plot.compare, {"eds": [ed], "names": None, "scale": None, "vrange": None, "zoom": 1}),
+        "page": (
+            plot.page,
+            {"source": ed, "path": names["D"] + "/page.html", "indices": None, "vrange": None, "title": ""},
+        ),
         "spectrum": (plot.spectrum, {"results": ed.result, "names": None}),
         "convergence": (plot.convergence, {"result": iterated}),
         "display": (
@@ -249,7 +254,7 @@ FUNCTIONS = re.findall(
     "linearize FisherOperator JacobianOperator Eigendistortion po.Eigendistortion jvp vjp respond from_linearization "
     "in_float64 to_tensors to_dense J.to_dense matvec matmat rmatvec rmatmat eigenpairs golub_kahan exact eigsh svds "
     "lobpcg power randomized_svd certify synthesize compute_jacobian response_change save load from_file to "
-    "LayerResponse center_crop load_image photograph color_wheel imshow plot.eigendistortions compare spectrum "
+    "LayerResponse center_crop load_image photograph color_wheel imshow plot.eigendistortions compare page spectrum "
     "convergence display display_all imshow_all po.load po.save examine_saved_synthesis check_adjoint matrix "
     "linear_model count_flops",
 )

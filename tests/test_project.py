@@ -26,10 +26,13 @@ import fisherop.plot
 import fisherop.spaces
 import fisherop.stimuli
 import fisherop.testing
+import fisherop.webpage
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
     "checks",
+    "markup",
+    "pictures",
     "jacobian",
     "model.compat",
     "model.undisturbed",
@@ -103,6 +106,7 @@ ORDER = [
     "images",
     "panels",
     "curves",
+    "webpage",
     "plot",
     "plenoptic_files",
     "plenoptic",
@@ -154,6 +158,7 @@ def public():
         fisherop.curves,
         fisherop.density,
         fisherop.stimuli,
+        fisherop.webpage,
     ]
     for module in modules:
         for name, value in vars(module).items():
