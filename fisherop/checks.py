@@ -256,14 +256,14 @@ def moved(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor
 
 
-def generator(rng: Any) -> np.random.Generator:
+def generator(rng: Any, name: str = "rng") -> np.random.Generator:
     what = "a seed, an integer from 0, or a Generator by numpy.random.default_rng"
     if isinstance(rng, bool | np.bool_ | np.random.RandomState):
-        refuse(TypeError, "rng", what, rng)
+        refuse(TypeError, name, what, rng)
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
-        refuse(type(error), "rng", what, rng)
+        refuse(type(error), name, what, rng)
 
 
 def spawned(rng: Any) -> np.random.Generator:

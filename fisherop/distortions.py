@@ -17,7 +17,7 @@ from fisherop.operators import FisherOperator
 from fisherop.pictures import figure
 from fisherop.progress import progress_bar
 from fisherop.result import EigenResult
-from fisherop.thresholds import amplitudes_at_threshold, change_along, linear_until
+from fisherop.thresholds import amplitudes_at_threshold, change_along, check_response, linear_until
 
 
 class Distortions(BuiltAnew):
@@ -116,7 +116,7 @@ class Distortions(BuiltAnew):
             There is no such distortion.
         """
         result = self._found()
-        self.operator.linearization.check_current()
+        check_response(self.operator)
         index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
         scale = checks.array("scale", scale, what="a number, or an array").astype(np.float64)
         largest = np.abs(scale).max(initial=0.0)
@@ -150,7 +150,7 @@ class Distortions(BuiltAnew):
             There is no such distortion.
         """
         result = self._found()
-        self.operator.linearization.check_current()
+        check_response(self.operator)
         index = checks.position("index", index, len(result.eigenvalues), "eigendistortions found")
         what = "a number above 0"
         deviation = checks.number("deviation", deviation, what, lambda deviation: deviation > 0)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fisherop import checks
-from fisherop.curves import convergence, density, response_change, spectrum
+from fisherop.curves import convergence, density, response_change, spectrum, sweep
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.panels import Panel, draw
 from fisherop.pictures import default_scale, describe, to_picture, to_pictures, value_range
@@ -28,6 +28,7 @@ __all__ = [
     "page",
     "response_change",
     "spectrum",
+    "sweep",
 ]
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,12 @@ from fisherop import checks
 from fisherop.atomic import replacing
 from fisherop.distortions import Distortions
 from fisherop.model.slopes import norm
+from fisherop.thresholds import check_response
 
 _UNITS = ("norm", "rms", "threshold")
 _FORMATS = {"png": "PNG", "tiff": "TIFF", "npy": ""}
+_TABLE = "stimuli.csv"
+_NAME = re.compile(r"(image|index\d+_\d{3,})\.(png|tiff|npy)")
 COLUMNS = ("file", "eigenindex", "eigenvalue", "amplitude", "rms", "predicted", "actual", "clipped")
 
 
@@ -78,7 +82,8 @@ def max_amplitude(
     Returns
     -------
     float
-        0 where an element that the distortion changes is at an end of the gamut already.
+        About 0 where an element that the distortion changes is at an end of the gamut already: shrink the image's
+        contrast, or leave such elements out by ``subspace=spaces.mask(...)`` or `window`.
 
     Raises
     ------
@@ -90,7 +95,7 @@ def max_amplitude(
     change, _ = _change(ed, index, window)
     low, high = _gamut(ed, gamut)
     image, size = ed.image.double(), change.double().abs()
-    room = torch.minimum(image - low, high - image)
+    room = torch.minimum(image - low, high - image) + _rounding(ed, low, high) / 2
     moved = size > 0
     return float((room[moved] / size[moved]).min()) if bool(moved.any()) else float("inf")
 
@@ -113,7 +118,7 @@ def series(
         After `synthesize`.
     index : int
         Position among the distortions found: 0 for the most noticeable, −1 for the least.
-    amplitudes : array_like, shape (p,)
+    amplitudes : float or array_like, shape (p,)
         Negative ones take the distortion away.
     unit : {"norm", "rms", "threshold"}
         What amplitudes are: what the distortion is multiplied by; the root mean square of the change per element; or
@@ -137,24 +142,44 @@ def series(
     IndexError
         There is no such distortion.
     """
+    return _series(ed, index, amplitudes, unit, gamut, window, clip, is_measured=True)
+
+
+def _series(
+    ed: Distortions,
+    index: int,
+    amplitudes: ArrayLike,
+    unit: str,
+    gamut: tuple[float, float],
+    window: ArrayLike | None,
+    clip: bool,
+    *,
+    is_measured: bool,
+) -> list[Stimulus]:
+    """`series`; what is not measured lacks the response's true change."""
     change, place = _change(ed, index, window)
     low, high = _gamut(ed, gamut)
     checks.choice("unit", unit, _UNITS)
     clip = checks.flag("clip", clip)
-    sizes = checks.array("amplitudes", amplitudes, ("p",)).astype(np.float64)
-    length = norm(change.double())
-    slope = _slope(ed, change)
-    if unit == "rms":
-        sizes = sizes * change.numel() ** 0.5 / length
-    elif unit == "threshold":
-        if slope == 0:
-            raise ValueError("the threshold of this distortion is infinite: give amplitudes in another unit")
-        sizes = sizes / slope
+    given = checks.array("amplitudes", np.atleast_1d(amplitudes) if np.isscalar(amplitudes) else amplitudes, ("p",))
+    if len(given) == 0:
+        checks.refuse(ValueError, "amplitudes", "at least one number", amplitudes)
     result, found = ed.result, []
     assert result is not None  # or there were no change
-    for amplitude in sizes.tolist():
+    slope, length = _slope(ed, change), norm(change.double())
+    factor = 1.0
+    if unit == "rms":
+        factor = change.numel() ** 0.5 / length
+    elif unit == "threshold":
+        if slope <= 2 * result.noise * result.lambda_max_bounds[0] ** 0.5 * length:
+            raise ValueError("the threshold of this distortion is infinite: give amplitudes in another unit")
+        factor = 1 / slope
+    rounding = _rounding(ed, low, high)
+    largest = 0.5 * torch.finfo(ed.image.dtype).max / length
+    for amplitude in (factor * size for size in given.astype(np.float64).tolist()):
+        if not abs(amplitude) <= largest:
+            checks.refuse(ValueError, "amplitudes", f"such that {ed.image.dtype} holds the image", amplitudes)
         wanted = ed.image.double() + amplitude * change.double()
-        rounding = 4 * torch.finfo(ed.image.dtype).eps * max(abs(low), abs(high), 1.0)
         share = float(((wanted < low - rounding) | (wanted > high + rounding)).double().mean())
         if share and not clip:
             most = max_amplitude(ed, index, gamut, window=window)
@@ -162,7 +187,7 @@ def series(
                 f"at amplitude {amplitude:.4g}, {100 * share:.2g} % of the elements leave the gamut: stay below "
                 f"{most:.4g} (max_amplitude), or pass clip=True"
             )
-        image = wanted.clamp(low, high).to(ed.image.dtype)
+        image = wanted.to(ed.image.dtype).clamp(low, high)
         found.append(
             Stimulus(
                 image=image,
@@ -171,7 +196,7 @@ def series(
                 amplitude=amplitude,
                 rms=norm(image.double() - ed.image.double()) / image.numel() ** 0.5,
                 predicted=slope * abs(amplitude),
-                actual=_moved(ed, image),
+                actual=_moved(ed, image) if is_measured else float("nan"),
                 clipped=share,
             )
         )
@@ -194,8 +219,8 @@ def export(
 ) -> pathlib.Path:
     """Write an image, and the image with distortions at several amplitudes, as files, with a table of them.
 
-    Each file is whole at every moment, and the table, ``stimuli.csv``, is written last. Its numbers are those of the
-    pixels in the files, after rounding.
+    What an earlier table in the folder lists is removed first. Each file is whole at every moment, and the table,
+    ``stimuli.csv``, is written last: where there is none, the files are not complete.
 
     Parameters
     ----------
@@ -205,7 +230,7 @@ def export(
     folder : str or path-like
         It is made if there is none; files of the same names in it are replaced.
     indices : int or sequence of int
-        Positions among the distortions found.
+        Positions among the distortions found; one that is named twice is written once.
     amplitudes, unit
         As in `series`.
     format : {"png", "tiff", "npy"}
@@ -214,8 +239,10 @@ def export(
         Per channel; 16 for grey images alone, since Pillow writes no others.
     dither : int or Generator, optional
         A seed: each value between two levels goes to the upper one with the probability that keeps its mean (L. G.
-        Roberts, Picture coding using pseudo-random noise, 1962), so that small distortions survive 8 bits. By default
-        values go to the nearest level.
+        Roberts, Picture coding using pseudo-random noise, 1962), so that small distortions survive 8 bits. The draw is
+        one for all files, the image's own too: elements that a distortion leaves alone are the same in all of them. It
+        adds noise of up to half a level of RMS, which may move the response more than the distortion does: compare
+        `actual` with `predicted`. By default values go to the nearest level.
     gamut, window, clip
         As in `series`. The gamut's ends become black and white.
 
@@ -223,7 +250,8 @@ def export(
     -------
     pathlib.Path
         Of the table, whose columns are file, eigenindex (−1 for the image itself), eigenvalue, amplitude, rms,
-        predicted, actual and clipped, as of `Stimulus`; rms, actual and clipped are those of the file.
+        predicted, actual and clipped, as of `Stimulus`; rms and actual are those of the pixels in the file, after
+        rounding, relative to the image before it.
 
     Raises
     ------
@@ -245,17 +273,18 @@ def export(
         )
     if format != "npy" and channels == 3 and bits == 16:
         raise ValueError("16 bits are written of grey images alone: use bits=8 with dither, or format='npy'")
-    rng = None if dither is None else checks.generator(dither)
+    if format == "npy" and (bits != 8 or dither is not None):
+        raise ValueError("npy holds the tensor itself: leave out bits and dither")
+    rng = None if dither is None else checks.generator(dither, "dither")
     path = pathlib.Path(os.fsdecode(checks.path("folder", folder)))
-    options = {"unit": unit, "gamut": gamut, "window": window, "clip": clip}
-    result = ed.result
-    original = Stimulus(ed.image, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    stimuli = [("image", original)]
-    for index in checks.integers("indices", indices):
-        for number, one in enumerate(series(ed, index, amplitudes, **options)):
-            stimuli.append((f"index{one.eigenindex}_{number:03d}", one))
-    assert result is not None
+    places = [_place(ed, index) for index in checks.integers("indices", indices)]
+    stimuli = [("image", Stimulus(ed.image, -1, float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0))]
+    for place in dict.fromkeys(places):
+        several = _series(ed, place, amplitudes, unit, gamut, window, clip, is_measured=False)
+        stimuli += [(f"index{one.eigenindex}_{number:03d}", one) for number, one in enumerate(several)]
+    draws = None if rng is None else torch.as_tensor(rng.random(tuple(ed.image.shape)))
     path.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(path)
     rows = []
     for name, one in stimuli:
         file = path / f"{name}.{format}"
@@ -264,50 +293,79 @@ def export(
             with replacing(file) as out:
                 np.save(out, shown.detach().cpu().numpy())
         else:
-            levels = _levels(one.image, low, high, 2**bits - 1, rng)
-            shown = (levels.double() / (2**bits - 1) * (high - low) + low).to(ed.image.dtype)
+            levels = _levels(one.image, low, high, 2**bits - 1, draws)
+            shown = (levels.double() / (2**bits - 1) * (high - low) + low).to(ed.image)
             with replacing(file) as out:
                 _picture(levels, bits).save(out, format=_FORMATS[format])
         change = norm(shown.double() - ed.image.double()) / shown.numel() ** 0.5
-        facts = (one.eigenindex, one.eigenvalue, one.amplitude, change, one.predicted, _moved(ed, shown), one.clipped)
+        value = one.eigenvalue if one.eigenindex >= 0 else ""
+        facts = (one.eigenindex, value, one.amplitude, change, one.predicted, _moved(ed, shown), one.clipped)
         rows.append((file.name, *facts))
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(COLUMNS)
     table.writerows(rows)
-    with replacing(path / "stimuli.csv") as out:
+    with replacing(path / _TABLE) as out:
         out.write(text.getvalue().encode())
-    return path / "stimuli.csv"
+    return path / _TABLE
+
+
+def _remove_earlier(folder: pathlib.Path) -> None:
+    """The table of an earlier export, and then what it lists, so that no table is of other files."""
+    try:
+        text = (folder / _TABLE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    (folder / _TABLE).unlink()
+    for row in csv.reader(io.StringIO(text)):
+        if row and _NAME.fullmatch(row[0]):
+            (folder / row[0]).unlink(missing_ok=True)
+
+
+def _place(ed: Distortions, index: int) -> int:
+    checks.instance("ed", ed, Distortions, "an Eigendistortion")
+    if ed.result is None or len(ed.result.eigenvalues) == 0:
+        raise ValueError("there are no eigendistortions yet: call synthesize() first")
+    count = len(ed.result.eigenvalues)
+    return checks.position("index", index, count, "eigendistortions found") % count
 
 
 def _change(ed: Distortions, index: int, window: ArrayLike | None) -> tuple[Tensor, int]:
     """The distortion as an image, times the window, and its place among those found."""
-    checks.instance("ed", ed, Distortions, "an Eigendistortion")
-    if ed.result is None or len(ed.result.eigenvalues) == 0:
-        raise ValueError("there are no eigendistortions yet: call synthesize() first")
-    place = checks.position("index", index, len(ed.result.eigenvalues), "eigendistortions found")
-    ed.operator.linearization.check_current()
-    change = ed.operator.to_tensors(ed.result.eigenvectors[:, [place]])[0]
+    place, result = _place(ed, index), ed.result
+    assert result is not None  # or there were no place
+    check_response(ed.operator)
+    change = ed.operator.to_tensors(result.eigenvectors[:, [place]])[0]
     if window is not None:
-        weights = checks.array("window", window, what="an array of weights")
+        weights = checks.array("window", window, what="an array of weights from 0 to 1").astype(np.float64)
         shape = tuple(ed.image.shape)
         if weights.ndim == 0 or weights.shape != shape[len(shape) - weights.ndim :]:
             checks.refuse(ValueError, "window", f"of the image's shape {shape}, or of its last dimensions", weights)
-        change = change * torch.as_tensor(weights, dtype=change.dtype, device=change.device)
+        if weights.min(initial=0.0) < 0 or weights.max(initial=0.0) > 1:
+            checks.refuse(ValueError, "window", "an array of weights from 0 to 1", weights)
+        change = change * torch.from_numpy(np.ascontiguousarray(weights)).to(change)
         if not bool(change.any()):
             raise ValueError("window leaves nothing of the distortion: take another one")
-    return change, place % len(ed.result.eigenvalues)
+    return change, place
 
 
 def _gamut(ed: Distortions, gamut: tuple[float, float]) -> tuple[float, float]:
     checks.instance("ed", ed, Distortions, "an Eigendistortion")
-    low, high = checks.array("gamut", gamut, (2,), "the least and the largest value, an array").astype(float).tolist()
+    ends = checks.array("gamut", gamut, (2,), "the least and the largest value, an array").astype(float)
+    low, high = torch.from_numpy(ends).to(ed.image.dtype).tolist()  # as the image can hold them
     least, most = float(ed.image.min()), float(ed.image.max())
-    if not low < high or least < low or most > high:
+    rounding = _rounding(ed, low, high)
+    if not (low < high < float("inf") and least >= low - rounding and most <= high + rounding):
         raise ValueError(
-            f"gamut must hold the image, whose values are from {least:g} to {most:g}, got {low:g} to {high:g}"
+            f"gamut must hold the image, whose values are from {least:.9g} to {most:.9g}, got {ends[0]:.9g} to "
+            f"{ends[1]:.9g}"
         )
-    return low, high
+    return min(low, least), max(high, most)
+
+
+def _rounding(ed: Distortions, low: float, high: float) -> float:
+    """By how much an element may be beyond the gamut by rounding alone."""
+    return 4 * torch.finfo(ed.image.dtype).eps * max(abs(low), abs(high))
 
 
 def _slope(ed: Distortions, change: Tensor) -> float:
@@ -323,10 +381,11 @@ def _moved(ed: Distortions, image: Tensor) -> float:
     return norm(ed.operator.products.to_noise(moved[None])[0].double())
 
 
-def _levels(image: Tensor, low: float, high: float, most: int, rng: np.random.Generator | None) -> Tensor:
+def _levels(image: Tensor, low: float, high: float, most: int, draws: Tensor | None) -> Tensor:
     values = (image.detach().cpu().double() - low) / (high - low) * most
-    offset = 0.5 if rng is None else torch.as_tensor(rng.random(tuple(image.shape)))
-    return torch.floor(values + offset).clamp(0, most).to(torch.int64)
+    near = values.round()
+    values = torch.where((values - near).abs() < 1e-4, near, values)  # of a level, but for rounding
+    return torch.floor(values + (0.5 if draws is None else draws)).clamp(0, most).to(torch.int64)
 
 
 def _picture(levels: Tensor, bits: int) -> Image.Image:

@@ -24,6 +24,7 @@ from fisherop.tasks import Facts, Outcome
 
 COLUMNS = ("image", "model", "layer", "eigenindex", "eigenvalue", "residual", "status", "threshold", "products")
 COLUMNS += ("seconds", "file", "error")
+_SHOWN = 10  # failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Record:
         1 / √λ, the amplitude at which d′ = 1; infinite where λ can't be told from zero.
     status : tuple of str
         What each pair is.
+    n_pixels : int
+        N, or, with a subspace, its dimension; 0 where the task failed.
     n_products, seconds : float
         What the task took where it ran.
     file : str
@@ -58,6 +61,7 @@ class Record:
     residual_norms: NDArray
     thresholds: NDArray
     status: tuple[str, ...]
+    n_pixels: int
     n_products: float
     seconds: float
     file: str
@@ -84,7 +88,7 @@ class SweepResult(Sequence[Record]):
     ----------
     records : tuple of Record
         Of those tasks that are done, or failed: all, unless the sweep was ended before.
-    failed : tuple of Record
+    done, failed : tuple of Record
     """
 
     def __init__(self, plan: Plan, outcomes: Mapping[int, Outcome]) -> None:
@@ -93,7 +97,7 @@ class SweepResult(Sequence[Record]):
         for i in sorted(outcomes):
             job, outcome = plan.jobs[i], outcomes[i]
             empty = np.empty(0)
-            facts = outcome.facts or Facts(empty.astype(np.intp), empty, empty, empty, (), 0.0, 0.0)
+            facts = outcome.facts or Facts(empty.astype(np.intp), empty, empty, empty, (), 0, 0.0, 0.0)
             file = plan.files[i] if outcome.facts is not None else ""
             names = (job.image, job.model, job.layer or "")
             records.append(Record(*names, **vars(facts), file=file, error=outcome.error, traceback=outcome.trace))
@@ -107,15 +111,22 @@ class SweepResult(Sequence[Record]):
         return len(self.records)
 
     @property
+    def done(self) -> tuple[Record, ...]:
+        """Those without an error."""
+        return tuple(record for record in self.records if not record.error)
+
+    @property
     def failed(self) -> tuple[Record, ...]:
         """Those with an error."""
         return tuple(record for record in self.records if record.error)
 
     def __repr__(self) -> str:
         left = len(self._plan.jobs) - len(self)
-        text = f"<SweepResult: {len(self) - len(self.failed)} of {len(self._plan.jobs)} tasks done"
+        text = f"<SweepResult: {len(self.done)} of {len(self._plan.jobs)} tasks done"
         text += f", {left} not begun or not finished" if left else ""
-        return text + "".join(f"\n  failed: {one!r}" for one in self.failed) + ">"
+        text += f", {len(self.failed)} failed" if self.failed else ""
+        text += "".join(f"\n  {one!r}" for one in self.failed[:_SHOWN])
+        return text + ("\n  ..." if len(self.failed) > _SHOWN else "") + ">"
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Write a row for each eigendistortion, and one for each task that failed.

@@ -34,6 +34,7 @@ class Facts:
     eigenindex : ndarray of int, shape (K,)
     eigenvalues, residual_norms, thresholds : ndarray, shape (K,)
     status : tuple of str
+    n_pixels : int
     n_products, seconds : float
     """
 
@@ -42,6 +43,7 @@ class Facts:
     residual_norms: NDArray
     thresholds: NDArray
     status: tuple[str, ...]
+    n_pixels: int
     n_products: float
     seconds: float
 
@@ -157,6 +159,7 @@ def facts_of(fields: dict[str, Any]) -> Facts:
         result.residual_norms,
         amplitudes_at_threshold(result),
         tuple(result.status.astype(str).tolist()),
+        result.image_size,
         result.n_products,
         seconds,
     )

@@ -32,6 +32,19 @@ def change_along(operator: FisherOperator, vector: NDArray, scale: ArrayLike) ->
     return np.reshape(change, scale.shape)
 
 
+def check_response(operator: FisherOperator) -> None:
+    """Raise RuntimeError where the model's response to the image is no longer the one that products belong to."""
+    lin = operator.linearization
+    lin.check_current()
+    before = lin.response.flatten().double()
+    change = _size(lin.respond(lin.image).double() - before)
+    if not change <= torch.finfo(lin.image.dtype).eps ** 0.5 * _size(before):
+        raise RuntimeError(
+            f"the model has changed since the distortions were found: its response to the image is {change:.3g} from "
+            "what it was; make a new Eigendistortion"
+        )
+
+
 def _size(change: Tensor) -> float:
     """Its norm, also where squares would leave float64's range; infinite or NaN where the response is."""
     peak = change.abs().max()

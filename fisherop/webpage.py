@@ -25,6 +25,7 @@ from fisherop.distortions import Distortions
 from fisherop.model.slopes import norm
 from fisherop.pictures import to_picture, value_range
 from fisherop.result import EigenResult
+from fisherop.sweeps import SweepResult
 from fisherop.thresholds import amplitudes_at_threshold
 
 _MOST = 256 * 10**6  # bytes of a page: browsers open no text of more than 512 MB, and are slow long before
@@ -56,7 +57,7 @@ def page(
 
     Parameters
     ----------
-    source : Eigendistortion, or iterable
+    source : Eigendistortion, SweepResult, or iterable
         After `synthesize`, of a grey image ``(..., height, width)`` or a colour one ``(..., 3, height, width)``. Of
         several, each Eigendistortion stands alone or as ``(label, Eigendistortion)``; the label is by default the
         model's class.
@@ -113,8 +114,10 @@ def page(
 
 def _entries(source: Any, places: list[int] | None) -> Iterator[Entry]:
     """Each thing to show, with a label of its own, one at a time."""
-    what = "an Eigendistortion, or several, each alone or as (label, Eigendistortion)"
+    what = "an Eigendistortion, or several, each alone or as (label, Eigendistortion), or a SweepResult"
     several: Any = [source] if isinstance(source, Distortions) else source
+    if isinstance(source, SweepResult):
+        several = ((f"{one.image}: {one.model} {one.layer}".rstrip(), source.load(one)) for one in source.done)
     if isinstance(several, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(several, Iterable):
         checks.refuse(TypeError, "source", what, source, "use its items()" if isinstance(source, Mapping) else "")
     seen: dict[str, int] = {}

@@ -1,6 +1,5 @@
 """What the workers of a sweep import, and a sweep in a process of its own, to be killed."""
 
-import sys
 import time
 
 import torch
@@ -44,5 +43,5 @@ def slow():
     return model
 
 
-if __name__ == "__main__":
-    fisherop.sweep(images(8), [(slow, "first"), slow], store=sys.argv[1], tol=1e-4, rng=0, progress=False)
+def study(folder):
+    fisherop.sweep(images(8), [(slow, "first"), slow], store=folder, tol=1e-4, rng=0, progress=False)

@@ -71,7 +71,7 @@ def test_files_are_what_the_table_says(tmp_path, shape, format, bits, dither):
 def test_dither_keeps_the_mean():
     """A change of a fifth of a level survives."""
     image = torch.full((1, 1, 100, 100), 100.2 / 255, dtype=torch.float64)
-    levels = stimuli._levels(image, 0, 1, 255, np.random.default_rng(0))
+    levels = stimuli._levels(image, 0, 1, 255, torch.rand(image.shape, generator=torch.Generator().manual_seed(0)))
     assert set(levels.unique().tolist()) == {100, 101} and abs(float(levels.double().mean()) - 100.2) < 0.02
     assert stimuli._levels(image, 0, 1, 255, None).unique().tolist() == [100]
 
@@ -139,12 +139,20 @@ def test_sixteen_bits_are_sixteen_bits(tmp_path):
         ({"format": "jpg"}, ValueError, "format must be one of 'png', 'tiff', 'npy'"),
         ({"bits": 12}, ValueError, "bits must be 8 or 16, got 12"),
         ({"gamut": (0.5, 1)}, ValueError, "gamut must hold the image, whose values are from 0.3"),
+        ({"amplitudes": []}, ValueError, "amplitudes must be at least one number"),
+        (
+            {"amplitudes": [1e308], "unit": "rms", "clip": True},
+            ValueError,
+            "amplitudes must be such that torch.float64",
+        ),
+        ({"format": "npy", "dither": 0}, ValueError, "npy holds the tensor itself: leave out bits and dither"),
+        ({"window": np.full((6, 8), -1.0)}, ValueError, "window must be an array of weights from 0 to 1"),
         ({"amplitudes": [np.nan]}, ValueError, "amplitudes must be an array .*finite"),
         ({"indices": 2}, IndexError, "index must be a position among the 2 eigendistortions found"),
         ({"window": np.ones(3)}, ValueError, r"window must be of the image's shape \(1, 1, 6, 8\), or of its last"),
         ({"window": np.zeros((6, 8))}, ValueError, "window leaves nothing of the distortion"),
         ({"folder": ""}, ValueError, "folder must be a path"),
-        ({"dither": "yes"}, TypeError, "rng must be a seed"),
+        ({"dither": "yes"}, TypeError, "dither must be a seed"),
         ({"ed": 3}, TypeError, "ed must be an Eigendistortion, got 3"),
     ],
 )
@@ -153,6 +161,67 @@ def test_bad_input(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         stimuli.export(**options)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_dither_for_all_files(tmp_path):
+    """What a distortion leaves alone is the same in every file; a level that float32 holds is moved by none."""
+    ed = synthesized(subspace=spaces.mask(np.arange(48).reshape(6, 8) % 2))
+    path = stimuli.export(ed, tmp_path, amplitudes=[0.0, 0.1], dither=0)
+    original, *others = (np.asarray(Image.open(tmp_path / row["file"]).copy()) for row in table(path))
+    alone = np.arange(48).reshape(6, 8) % 2 == 0
+    for pixels, row in zip(others, table(path)[1:], strict=True):
+        same = pixels == original
+        assert same.all() if float(row["amplitude"]) == 0 else same[alone].all() and not same[~alone].all()
+    image = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16) / 255
+    draws = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stimuli._levels(image, 0, 1, 255, draws).flatten(), torch.arange(256))
+
+
+def test_a_second_export_takes_the_place_of_the_first(tmp_path, monkeypatch):
+    ed = synthesized()
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    stimuli.export(ed, tmp_path, [0, -1], [0.1, 0.2])
+    path = stimuli.export(ed, tmp_path, [0, -2, 0], 0.05)
+    assert {row["file"] for row in table(path)} == {"image.png", "index0_000.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"image.png", "index0_000.png", "stimuli.csv", "mine.png"}
+    monkeypatch.setattr(stimuli, "_picture", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stimuli.export(ed, tmp_path, dither=0)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.png"}  # no table of files that aren't there
+
+
+def test_the_gamut_is_what_the_dtype_holds():
+    raw = torch.rand(1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    raw[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    ed = Eigendistortion((raw - 0.485) / 0.229, torch.sin).synthesize(progress=False, rng=0)
+    ends = ((0 - 0.485) / 0.229, (1 - 0.485) / 0.229)
+    (one,) = stimuli.series(ed, 0, [0.3], gamut=ends, clip=True)
+    assert one.image.min() >= ed.image.min() and one.image.max() <= ed.image.max()
+    small = Eigendistortion(raw * 1e-6, torch.sin).synthesize(progress=False, rng=0)
+    with pytest.raises(ValueError, match="leave the gamut"):
+        stimuli.series(small, 0, [2e-6], gamut=(0, 1e-6))
+
+
+def test_a_threshold_that_rounding_made():
+    matrix = torch.as_tensor(np.random.default_rng(0).standard_normal((10, 48)))
+    ed = Eigendistortion(torch.full((6, 8), 0.5, dtype=torch.float64), lambda x: torch.tanh(matrix @ x.flatten() / 9))
+    ed.synthesize(progress=False, rng=0)
+    for window in (None, np.hanning(8)[::-1]):
+        if window is None:
+            with pytest.raises(ValueError, match="the threshold of this distortion is infinite"):
+                stimuli.series(ed, -1, [1.0], unit="threshold", clip=True, window=window)
+        assert stimuli.series(ed, 0, [0.1], unit="threshold", clip=True, window=window)[0].predicted > 0.09
+
+
+@pytest.mark.filterwarnings("ignore:.*has changed")
+def test_a_model_that_has_changed():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Tanh()).double()
+    ed = Eigendistortion(torch.full((6, 8), 0.5, dtype=torch.float64), model).synthesize(progress=False, rng=0)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    for ask in (lambda: stimuli.series(ed, 0, [0.0]), lambda: ed.response_change(0, 0.1), lambda: ed.linear_range(0)):
+        with pytest.raises(RuntimeError, match="the model has changed since the distortions were found"):
+            ask()
 
 
 def test_shapes_that_are_no_pictures(tmp_path):

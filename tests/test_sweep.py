@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +79,15 @@ def cluster():
 def dask():
     with cluster() as client:
         yield client.get_executor()
+
+
+class Elsewhere:
+    """An executor whose tasks are sent, as if to another process."""
+
+    def submit(self, fn, task):
+        future = Future()
+        future.set_result(fn(pickle.loads(pickle.dumps(dataclasses.replace(task, home=(0, "elsewhere"))))))
+        return future
 
 
 def pids(pool):
@@ -237,7 +247,7 @@ def test_a_failed_task_ends_nothing(tmp_path):
     assert "ConvergenceError" in unfinished[0].error
     path = tmp_path / "table.csv"
     table.to_csv(path)
-    rows = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     assert [row["image"] for row in rows] == list("00011222")
     assert float(rows[0]["eigenvalue"]) == table[0].eigenvalues[0] and rows[0]["file"] == table[0].file
     assert "rejected" in rows[3]["error"] or "nowhere" in rows[3]["error"]
@@ -251,21 +261,22 @@ def test_the_first_failure_may_end_it(tmp_path):
     assert isinstance(caught.value.__cause__, ValueError)
     assert len(caught.value.result.failed) == 1
     assert len(caught.value.result) - 1 == len(stamps(tmp_path))
-    with spawned() as pool, pytest.raises(SweepError, match=r"(?s)rejected.*Traceback.*studies.py"):
-        run(several, [build], on_error="raise", executor=pool)
+    with pytest.raises(SweepError, match=r"(?s)rejected.*Traceback.*studies.py"):
+        run(several, [build], on_error="raise", executor=Elsewhere())
 
 
 def test_after_ctrl_c_what_is_done_is_kept(tmp_path):
     calls = []
 
-    def model(x):
-        calls.append(x)
-        if len({float(x.flatten()[0]) for x in calls}) == 3:
+    def solver(operator, k, which, *, tol, maxiter, rng):
+        calls.append(operator)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return torch.sin(x)
+        values, vectors = np.linalg.eigh(operator.to_dense())
+        return values[[-1, 0]], vectors[:, [-1, 0]]
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(images(5), {"sine": model})
+        run(images(5), {"sine": torch.sin}, method=solver)
     result = caught.value.result
     assert len(result) == 2 and "2 of 5 tasks done, 3 not" in repr(result)
     assert result.load(result[0]).result.converged.all()
@@ -273,8 +284,8 @@ def test_after_ctrl_c_what_is_done_is_kept(tmp_path):
 
 def test_the_models_in_this_process_stay_as_they_are():
     model = Net().train()
-    table = run(images(1), [model])
-    assert model.training and "eval" in table[0].error or not table[0].error
+    run(images(1), [model])
+    assert model.training
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert not run(images(2), [model, (model, "first")]).failed
@@ -285,7 +296,7 @@ def test_the_models_in_this_process_stay_as_they_are():
 @pytest.mark.parametrize("where", [spawned, loky])
 def test_a_pool_that_has_lost_a_worker_loses_no_record(where, tmp_path):
     """The pool is broken then: its records say so, and a sweep with a new one does what is missing."""
-    several, models = images(6), [(studies.slow, "first"), studies.slow]
+    several, models = images(4), [(studies.slow, "first"), studies.slow]
 
     def kill(pool):
         while len(stamps(tmp_path)) < 2:
@@ -297,18 +308,19 @@ def test_a_pool_that_has_lost_a_worker_loses_no_record(where, tmp_path):
         killer.start()
         table = run(several, models, executor=pool, store=tmp_path)
         killer.join()
-    assert len(table) == 12 and 0 < len(table.failed) < 12
+    assert len(table) == 8 and 0 < len(table.failed) < 8
     assert all("Broken" in one.error or "Terminated" in one.error for one in table.failed)
     before = stamps(tmp_path)
     with where() as pool:
         table = run(several, models, executor=pool, store=tmp_path)
-    assert len(table) == 12 and not table.failed
-    assert before.items() <= stamps(tmp_path).items() and len(stamps(tmp_path)) == 12
+    assert len(table) == 8 and not table.failed
+    assert before.items() <= stamps(tmp_path).items() and len(stamps(tmp_path)) == 8
 
 
 def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
-    several, models = images(6), [(studies.slow, "first"), studies.slow]
+    several, models = images(4), [(studies.slow, "first"), studies.slow]
     with dask() as pool:
+
         def kill():
             while len(stamps(tmp_path)) < 2:
                 time.sleep(0.01)
@@ -319,13 +331,13 @@ def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
         table = run(several, models, executor=pool, store=tmp_path)
         killer.join()
     assert not table.failed
-    assert len(table) == 12 == len({one.file for one in table}) == len(stamps(tmp_path))
+    assert len(table) == 8 == len({one.file for one in table}) == len(stamps(tmp_path))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_after_the_death_of_its_client_only_what_is_missing_is_done(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    script = [sys.executable, str(HERE / "studies.py"), str(tmp_path)]
+    script = [sys.executable, "-c", "import sys, studies; studies.study(sys.argv[1])", str(tmp_path)]
     with subprocess.Popen(script, env=env) as client:
         while len(stamps(tmp_path)) < 4:
             assert client.poll() is None
@@ -361,9 +373,12 @@ def test_a_worker_that_does_not_see_the_folder_sends_what_it_found(tmp_path, mon
 
 
 def test_pools_of_what_can_not_be_sent():
-    with spawned() as pool:
-        with pytest.raises(TypeError, match="can't be sent to other processes"):
-            run(images(1), [build], executor=pool, noise=threading.Lock())
+    with pytest.raises(TypeError, match="an argument of the sweep can't be sent to other processes"):
+        run(images(1), [build], executor=Elsewhere(), noise=threading.Lock())
+    model = Net().eval()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"the model Net can't be sent .*give a function that builds it"):
+        run(images(1), [model], executor=Elsewhere())
 
 
 @pytest.mark.parametrize(

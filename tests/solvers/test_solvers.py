@@ -169,6 +169,23 @@ def test_exact_with_everything():
         eigenpairs(F, method="exact", max_bytes=10, progress=False)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("which", ["both", "largest", "smallest"])
+@pytest.mark.parametrize("m", [1, 3, 10])
+def test_few_responses_to_many_pixels(m, which, k):
+    """As of a classifier: neither F nor a basis of its null space would fit."""
+    n = 60_000
+    matrix = np.random.default_rng(0).standard_normal((m, n))
+    result = eigenpairs(FisherOperator.of(matrix), k, which, rng=0, progress=False)
+    assert result.details["method"].startswith("exact" if m <= 100 * k else "golub_kahan")
+    assert result.converged.all()
+    v = result.eigenvectors
+    np.testing.assert_allclose(v.T @ v, np.eye(v.shape[1]), atol=1e-12)
+    truth = np.zeros(n)
+    truth[:m] = np.linalg.svd(matrix, compute_uv=False) ** 2
+    np.testing.assert_allclose(result.eigenvalues, truth[result.eigenindex], atol=1e-9 * truth[0])
+
+
 def test_exact_keeps_the_jacobian_of_a_jacobian_operator():
     J = linear_operator(matrix_with_singular_values([3, 2, 1], 5, 7)).jacobian
     eigenpairs(J, method="exact", progress=False)
