@@ -87,11 +87,11 @@ def _resumed(
     last.append(guard.restore)
     eps = torch.finfo(image.dtype).eps
     try:
-        engine = Traced.resume(image, kept.program)
+        engine = Traced.resume(kept.program)
         v = random((1, *image.shape), image, seed=0)
         with clean_failure():
-            response, reference = forward_mode(respond, image, v[0])
-            check_close("response", engine.response, response, respond.sizes, ROUNDINGS * eps)
+            response, reference = forward_mode(respond, image, v[0])  # before anything is held
+            check_close("response", engine.prepare(image), response, respond.sizes, ROUNDINGS * eps)
             response = response.clone().reshape(respond.shape)
             respond.draws = kept.draws
             allowed = max(ROUNDINGS * eps, ROUNDINGS * kept.error)
@@ -129,8 +129,12 @@ def _new(
         )
     engine, trial, size = _chosen(image, respond, response, names, chunk_size, seen.bytes, precision, settled, report)
     v, jv = trial.v[0], trial.jv[0]
+    if engine.is_recorded:
+        engine.release()  # float64 takes memory
     with clean_failure():
         decided = check_slope(respond, image, v, jv, engine.slope, precision=precision, detaches=seen.detaches)
+    if engine.is_recorded:
+        engine.prepare(image)
     if not decided:
         note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
         report.insert(len(report) - 1, note)
@@ -159,8 +163,11 @@ def _chosen(
         try:
             with clean_failure():
                 engine = ENGINES[name](respond, image, response.flatten())
-                # the others' own products are PyTorch's
-                reference = slope(respond, image, v[0]) if engine.is_recorded else None
+                reference = None  # the others' own products are PyTorch's
+                if engine.is_recorded:
+                    reference = slope(respond, image, v[0])
+                    answer = engine.prepare(image)
+                    check_close("response", answer, response.flatten(), respond.sizes, ROUNDINGS * precision)
                 size = chunk_size or engine.chunk_size(bytes_)
                 trial, size = _tried(engine, respond, image, response, v, reference, size, precision)
                 changed = guard.restore()

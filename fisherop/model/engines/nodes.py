@@ -7,6 +7,9 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 STATIC, IMAGE, LINEAR = range(3)
 
 
@@ -25,7 +28,7 @@ class Node:
         self.args = args
         self.kwargs = kwargs
         self.level = level
-        self.value = value  # at the image of the recording
+        self.value = value  # of a constant; otherwise outlines of tensors
         self.parents = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Node)]
 
 
@@ -99,6 +102,20 @@ def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
 
 def values(tree: Any) -> Any:
     return replace(tree, Node, operator.attrgetter("value"))
+
+
+def outline(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor without elements that has the shape, the strides and the dtype of another; see `device_of`."""
+    if x.layout != torch.strided:
+        return x
+    made: Any = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    made.home = device or device_of(x)
+    return made
+
+
+def device_of(x: Tensor) -> torch.device:
+    """Where a tensor is, or the one that this is an outline of."""
+    return getattr(x, "home", x.device)
 
 
 def level_of(tree: Any) -> int:
