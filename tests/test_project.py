@@ -46,6 +46,7 @@ ORDER = [
     "model.draws",
     "model.guard",
     "model.response",
+    "model.promoted",
     "model.slopes",
     "model.contents",
     "model.programs",

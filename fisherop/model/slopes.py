@@ -12,61 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.model.compat import clean_failure
 from fisherop.model.draws import DETACHING
-from fisherop.model.engines.nodes import replace
-from fisherop.model.engines.writes import written
+from fisherop.model.promoted import Promoted
 from fisherop.model.response import Response
 
 _LOG = logging.getLogger(__name__)
-_WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
-_WIDER |= {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
-
-
-class Promoted(TorchDispatchMode):
-    """Every operation in float64, whatever the dtype of its arguments, but for what it writes in place."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.is_view:  # a view of a copy would not be one
-            return func(*args, **kwargs)
-        targets = {id(t) for t in written(func, args, kwargs).values()}
-        args, kwargs = replace((args, kwargs), Tensor, lambda t: t if id(t) in targets else _widened(t))
-        args, kwargs = replace((args, kwargs), torch.dtype, lambda dtype: _WIDER.get(dtype, dtype))
-        if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
-            args = (*args[:2], False)  # from half to single precision, which there is none of
-        out = func(*args, **kwargs)
-        return out if targets else replace(out, Tensor, _widened)
-
-    def __enter__(self):
-        self._arguments = _PromotedArguments()
-        self._arguments.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        self._arguments.__exit__(*exception)
-
-
-class _PromotedArguments(TorchFunctionMode):
-    """Functions that check that their arguments have one dtype are given the wider one."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = name in ("__setitem__", "__set__") or "out" in kwargs or (name.endswith("_") and name[-2:] != "__")
-        if not writes and not name.startswith("__"):
-            dtypes: set[torch.dtype] = set()
-            replace((args, kwargs), Tensor, lambda t: dtypes.add(t.dtype))
-            if dtypes & set(_WIDER) and dtypes & set(_WIDER.values()):
-                args, kwargs = replace((args, kwargs), Tensor, _widened)
-        return func(*args, **kwargs)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x
 
 
 class _Detached(TorchFunctionMode):
