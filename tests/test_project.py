@@ -40,6 +40,7 @@ ORDER = [
     "model.engines.tape",
     "model.engines.simplify",
     "model.engines.lower",
+    "model.engines.compact",
     "model.engines.plain",
     "model.engines.traced",
     "model.engines",

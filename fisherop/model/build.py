@@ -132,7 +132,12 @@ def _new(
     if engine.is_recorded:
         engine.release()  # float64 takes memory
     with clean_failure():
-        decided = check_slope(respond, image, v, jv, engine.slope, precision=precision, detaches=seen.detaches)
+        decided = check_slope(
+            *(respond, image, v, jv, engine.slope),
+            precision=precision,
+            detaches=seen.detaches,
+            program=engine.by_program if engine.is_recorded and not engine.program.reads_image else None,
+        )
     if engine.is_recorded:
         engine.prepare(image)
     if not decided:

@@ -44,6 +44,23 @@ def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
     return [found[index] for index in sorted(found)]
 
 
+def early(nodes: Iterable[Node], recorded: int) -> list[Node]:
+    """Nodes in an order by which what rules made after the recording comes as soon as it can, so that memory is freed.
+
+    Parameters
+    ----------
+    nodes : iterable of Node
+        In the order of their indices.
+    recorded : int
+        The last index of the recording.
+    """
+    places: dict[int, int] = {}
+    for node in nodes:
+        made = max((places.get(parent.index, 0) for parent in node.parents), default=0)
+        places[node.index] = node.index if node.index <= recorded else made
+    return sorted(nodes, key=lambda node: (places[node.index], node.index))
+
+
 def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
     """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up."""
     names = {node.index: f"i{n}" for n, node in enumerate(inputs)}

@@ -74,6 +74,8 @@ class Tape:
         Whether Python saw a value that depends on the image, so that the tape may hold for this image alone.
     external : set of int
         The addresses of the tensors that no operation made: parameters, buffers.
+    count : int
+        Of nodes so far, the index of the last one.
     zeros : set of int
         The indices of nodes that depend on the image and are zero, of those that are added to the linear part.
     """
@@ -83,7 +85,7 @@ class Tape:
         self.external: set[int] = set()
         self.zeros: set[int] = set()
         self._known: dict[Any, Node] = {}
-        self._count = 0
+        self.count = 0
         self._inputs: list[tuple[Tensor, Node]] = []
         self._forget()
 
@@ -136,10 +138,10 @@ class Tape:
             self._forget()
 
     def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
-        self._count += 1
+        self.count += 1
         if level > STATIC:
             value = replace(value, Tensor, lambda t: t if t.is_meta else outline(t))
-        return Node(self._count, op, args, kwargs, level, value)
+        return Node(self.count, op, args, kwargs, level, value)
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
         place = Place.of(tensor)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherop.model.engines.compact import compact
 from fisherop.model.engines.lower import lower
-from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, device_of, needed
+from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, device_of, early, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.simplify import simplify
 from fisherop.model.engines.tape import Tape
@@ -69,6 +70,10 @@ class Traced:
     @staticmethod
     def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
         return slope(respond, x, v)
+
+    def by_program(self, x: Tensor, v: Tensor) -> Tensor:
+        """J v at another image, flat."""
+        return self.program.single["jvp"](v, *self.program.prepare(x)[1:])[0]
 
     def jvp(self, tangents: Tensor) -> Tensor:
         return self.program.product("jvp", self._constants, tangents)
@@ -175,14 +180,17 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     vectors = {"jvp": tape.input(v, LINEAR), "vjp": tape.input(u, LINEAR)}
 
     answer, forward, backward = tape.record(lambda: _products(respond, image, v, u))
+    recorded = tape.count
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
-    plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
-    single = {direction: lower(tape, out) for direction, out in plain.items()}
+    simple = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
+    single = {direction: compact(tape, lower(tape, out)) for direction, out in simple.items()}
+    plain = {direction: compact(tape, out) for direction, out in simple.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)
     parents = {p.index: p for node in nodes for p in node.parents}
     constants = [p for p in parents.values() if p.level == IMAGE]
-    prepare = compile_nodes(needed([answer, *constants], above=STATIC), [x], [answer, *constants])
+    results = [answer, *constants]
+    prepare = compile_nodes(early(needed(results, above=STATIC), recorded), [x], results)
     single, plain = (
         {d: compile_nodes(needed([out], above=IMAGE), [vectors[d], *constants], [out]) for d, out in outputs.items()}
         for outputs in (single, plain)
@@ -196,7 +204,11 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
 def _largest(node: Node) -> int:
     """Of the tensor that an operation gives, and of the columns that PyTorch makes of a convolution in float64."""
     value: Tensor = node.value
-    if node.op is not torch.ops.aten.convolution.default or value.dtype != torch.float64 or device_of(value).type != "cpu":
+    if (
+        node.op is not torch.ops.aten.convolution.default
+        or value.dtype != torch.float64
+        or device_of(value).type != "cpu"
+    ):
         return value.nbytes
     x, weight, transposed = (a.value if isinstance(a, Node) else a for a in (*node.args[:2], node.args[6]))
     places = math.prod((x if transposed else value).shape[2:])
