@@ -34,6 +34,7 @@ ORDER = [
     "model.compat",
     "model.undisturbed",
     "model.sparse",
+    "model.duals",
     "model.engines.nodes",
     "model.engines.places",
     "model.engines.writes",
