@@ -205,7 +205,7 @@ def _tried(
 ) -> tuple[Trial, int]:
     """The products that were found right, and how many may be made together: one, where blocks of them fail.
 
-    A recorded engine tries each size of a block when it first comes.
+    A recorded engine tries each size of a block when it first comes. A difference is `allowed` by a kept program.
     """
     jvp, vjp = (
         functools.partial(in_chunks, multiply, shape=shape, chunk_size=chunk_size)
@@ -214,7 +214,8 @@ def _tried(
     size = norm(image)
     # what the rounding of the response leaves of a derivative, for a change as large as the image
     rounding = 100 * precision * norm(response) * norm(v) / size if size else 0.0
-    trial = check_products(jvp, vjp, v, reference, respond.sizes, precision, allowed, rounding=rounding)
+    new = allowed is None
+    trial = check_products(jvp, vjp, v, reference, respond.sizes, precision, allowed, rounding=rounding, again=new)
     if chunk_size > 1 and not engine.is_recorded and not vectorizes(jvp, vjp, v):
         chunk_size = 1
     return trial, chunk_size

@@ -272,7 +272,9 @@ class _Part:
 def norm(x: Tensor) -> float:
     """‖x‖₂ in float64, also where the squares of its elements leave that range."""
     x = x.detach().double()
-    peak = float(x.abs().max()) if x.numel() else 0.0
+    peak = torch.linalg.vector_norm(x, torch.inf).item() if x.numel() else 0.0
+    if 1e-100 < peak < 1e100:
+        return torch.linalg.vector_norm(x).item()
     return peak * torch.linalg.vector_norm(x / peak).item() if peak else 0.0
 
 

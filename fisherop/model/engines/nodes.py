@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 STATIC, IMAGE, LINEAR = range(3)
+_ATOMS = {int, bool, float, str, type(None)}  # most of what arguments hold, and nothing that is ever replaced
 
 
 class NotLinear(RuntimeError):
@@ -99,19 +100,28 @@ def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequen
 
 
 def leaves(tree: Any) -> list:
-    if isinstance(tree, list | tuple):
-        return [leaf for part in tree for leaf in leaves(part)]
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in leaves(part)]
-    return [tree]
+    found: list = []
+    stack = [tree]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, list | tuple):
+            stack.extend(reversed(here))
+        elif isinstance(here, dict):
+            stack.extend(reversed(here.values()))
+        else:
+            found.append(here)
+    return found
 
 
 def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
     """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
+    cls = type(tree)
+    if cls in _ATOMS:
+        return tree
     if isinstance(tree, kind):
         return new(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(replace(part, kind, new) for part in tree)
+        return cls([part if type(part) in _ATOMS else replace(part, kind, new) for part in tree])
     if isinstance(tree, dict):
         return {key: replace(part, kind, new) for key, part in tree.items()}
     return tree

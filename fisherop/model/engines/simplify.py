@@ -35,10 +35,13 @@ def rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
         if node.op is None:
             new[node.index] = node
             continue
-        args, kwargs = (replaced(part, new) for part in (node.args, node.kwargs))
+        args, kwargs = node.args, node.kwargs
+        same = all(new.get(parent.index, parent) is parent for parent in node.parents)
+        if not same:
+            args, kwargs = (replaced(part, new) for part in (args, kwargs))
         alone = [i for i, a in enumerate(node.args) if isinstance(a, Node) and users[a.index] == 1]
         better = rules[node.op](tape, node, args, alone) if node.op in rules and not _alpha(kwargs) else None
-        new[node.index] = better or tape.linear(node.value, node.op, *args, **kwargs)
+        new[node.index] = better or (node if same else tape.linear(node.value, node.op, *args, **kwargs))
     return new[out.index]
 
 

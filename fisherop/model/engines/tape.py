@@ -140,7 +140,7 @@ class Tape:
     def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
         self.count += 1
         if level > STATIC:
-            value = replace(value, Tensor, lambda t: t if t.is_meta else outline(t))
+            value = replace(value, Tensor, lambda t: t if hasattr(t, "home") else outline(t))
         return Node(self.count, op, args, kwargs, level, value)
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
