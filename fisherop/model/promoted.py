@@ -30,8 +30,10 @@ class Promoted(TorchDispatchMode):
         args, kwargs = replace((args, kwargs), torch.dtype, lambda dtype: _WIDER.get(dtype, dtype))
         if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
             args = (*args[:2], False)  # from half to single precision, which there is none of
-        convolves = func is aten.convolution.default
-        out = _convolved(*args) if convolves and _is_plain(*args) else func(*args, **kwargs)
+        given: Any = args
+        if func is aten.convolution.default and not kwargs and _is_plain(*given):
+            func = _convolved
+        out = func(*given, **kwargs)
         return out if targets else replace(out, Tensor, _widened)
 
     def __enter__(self):

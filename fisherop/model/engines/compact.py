@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def _max_pool_backward(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     return tape.linear(node.value, _pooled_backward, g, blank, *geometry, tape.constant(Tensor.int, indices))
 
 
-def _pooled_backward(g: Tensor, x: Tensor, *args: object) -> Tensor:
+def _pooled_backward(g: Tensor, x: Tensor, *args: Any) -> Tensor:
     *geometry, indices = args
     return aten.max_pool2d_with_indices_backward.default(g, x, *geometry, indices.long())
 
