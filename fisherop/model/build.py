@@ -87,11 +87,11 @@ def _resumed(
     last.append(guard.restore)
     eps = torch.finfo(image.dtype).eps
     try:
-        engine = Traced.resume(image, kept.program)
+        engine = Traced.resume(kept.program)
         v = random((1, *image.shape), image, seed=0)
         with clean_failure():
-            response, reference = forward_mode(respond, image, v[0])
-            check_close("response", engine.response, response, respond.sizes, ROUNDINGS * eps)
+            response, reference = forward_mode(respond, image, v[0])  # before anything is held
+            check_close("response", engine.prepare(image), response, respond.sizes, ROUNDINGS * eps)
             response = response.clone().reshape(respond.shape)
             respond.draws = kept.draws
             allowed = max(ROUNDINGS * eps, ROUNDINGS * kept.error)
@@ -129,8 +129,17 @@ def _new(
         )
     engine, trial, size = _chosen(image, respond, response, names, chunk_size, seen.bytes, precision, settled, report)
     v, jv = trial.v[0], trial.jv[0]
+    if engine.is_recorded:
+        engine.release()  # float64 takes memory
     with clean_failure():
-        decided = check_slope(respond, image, v, jv, engine.slope, precision=precision, detaches=seen.detaches)
+        decided = check_slope(
+            *(respond, image, v, jv, engine.slope),
+            precision=precision,
+            detaches=seen.detaches,
+            program=engine.by_program if engine.is_recorded and not engine.program.reads_image else None,
+        )
+    if engine.is_recorded:
+        engine.prepare(image)
     if not decided:
         note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
         report.insert(len(report) - 1, note)
@@ -159,8 +168,11 @@ def _chosen(
         try:
             with clean_failure():
                 engine = ENGINES[name](respond, image, response.flatten())
-                # the others' own products are PyTorch's
-                reference = slope(respond, image, v[0]) if engine.is_recorded else None
+                reference = None  # the others' own products are PyTorch's
+                if engine.is_recorded:
+                    reference = slope(respond, image, v[0])
+                    answer = engine.prepare(image)
+                    check_close("response", answer, response.flatten(), respond.sizes, ROUNDINGS * precision)
                 size = chunk_size or engine.chunk_size(bytes_)
                 trial, size = _tried(engine, respond, image, response, v, reference, size, precision)
                 changed = guard.restore()
@@ -193,7 +205,7 @@ def _tried(
 ) -> tuple[Trial, int]:
     """The products that were found right, and how many may be made together: one, where blocks of them fail.
 
-    A recorded engine tries each size of a block when it first comes.
+    A recorded engine tries each size of a block when it first comes. A difference is `allowed` by a kept program.
     """
     jvp, vjp = (
         functools.partial(in_chunks, multiply, shape=shape, chunk_size=chunk_size)
@@ -202,7 +214,8 @@ def _tried(
     size = norm(image)
     # what the rounding of the response leaves of a derivative, for a change as large as the image
     rounding = 100 * precision * norm(response) * norm(v) / size if size else 0.0
-    trial = check_products(jvp, vjp, v, reference, respond.sizes, precision, allowed, rounding=rounding)
+    new = allowed is None
+    trial = check_products(jvp, vjp, v, reference, respond.sizes, precision, allowed, rounding=rounding, again=new)
     if chunk_size > 1 and not engine.is_recorded and not vectorizes(jvp, vjp, v):
         chunk_size = 1
     return trial, chunk_size

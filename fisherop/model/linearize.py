@@ -50,9 +50,9 @@ def linearize(
     Returns
     -------
     Linearization
-        Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, have
-        the same bits when repeated, agree with PyTorch's own derivatives where they are traced, and with the slope of
-        the response.
+        Its products ``J v`` and ``Jᵀu``, checked for a random v: they are finite, satisfy the adjoint identity, and
+        agree with PyTorch's own derivatives where they are traced; those of a record are checked when it is made to
+        have the same bits when repeated, and to agree with the slope of the response.
 
     Raises
     ------

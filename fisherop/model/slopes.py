@@ -4,69 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.model.compat import clean_failure
 from fisherop.model.draws import DETACHING
-from fisherop.model.engines.nodes import replace
-from fisherop.model.engines.writes import written
+from fisherop.model.promoted import Promoted
 from fisherop.model.response import Response
 
 _LOG = logging.getLogger(__name__)
-_WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
-_WIDER |= {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
-
-
-class Promoted(TorchDispatchMode):
-    """Every operation in float64, whatever the dtype of its arguments, but for what it writes in place."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.is_view:  # a view of a copy would not be one
-            return func(*args, **kwargs)
-        targets = {id(t) for t in written(func, args, kwargs).values()}
-        args, kwargs = replace((args, kwargs), Tensor, lambda t: t if id(t) in targets else _widened(t))
-        args, kwargs = replace((args, kwargs), torch.dtype, lambda dtype: _WIDER.get(dtype, dtype))
-        if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
-            args = (*args[:2], False)  # from half to single precision, which there is none of
-        out = func(*args, **kwargs)
-        return out if targets else replace(out, Tensor, _widened)
-
-    def __enter__(self):
-        self._arguments = _PromotedArguments()
-        self._arguments.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        self._arguments.__exit__(*exception)
-
-
-class _PromotedArguments(TorchFunctionMode):
-    """Functions that check that their arguments have one dtype are given the wider one."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = name in ("__setitem__", "__set__") or "out" in kwargs or (name.endswith("_") and name[-2:] != "__")
-        if not writes and not name.startswith("__"):
-            dtypes: set[torch.dtype] = set()
-            replace((args, kwargs), Tensor, lambda t: dtypes.add(t.dtype))
-            if dtypes & set(_WIDER) and dtypes & set(_WIDER.values()):
-                args, kwargs = replace((args, kwargs), Tensor, _widened)
-        return func(*args, **kwargs)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x
 
 
 class _Detached(TorchFunctionMode):
@@ -133,11 +85,14 @@ def check_slope(
     *,
     precision: float,
     detaches: bool,
+    program: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> bool:
     """Hold J v to the central difference (f(x + h v) − f(x − h v)) / 2 h.
 
-    First at the image. A difference there may be a kink: a pixel just at a bound, a tie in max pooling. Then PyTorch's
-    derivative is held to differences at a point beside the image, where ties are broken. All is in float64, which a
+    First at the image; if they differ, because float32 rounds a few units to the other side of zero, J v in float64 by
+    the recorded program, if there is one. What is left may be a kink: a pixel just at a bound, a tie in max pooling.
+    Then PyTorch's derivative is held to differences at a point beside the image, where ties are broken; the program,
+    which takes less memory, is asked first. All is in float64, which a
     float32 model's operations are promoted to, with h of 10⁻⁷, 10⁻⁹ and 10⁻⁵ of the image's largest element, to 10⁻⁴
     of ‖J v‖; where a model can't run in float64, in its own dtype, with 10⁻², 10⁻³ and 5 · 10⁻² and to 0.05.
     What kinks and rounding can do is the second difference ‖f(x + h v) − 2 f(x) + f(x − h v)‖ / 2 h; twice that is
@@ -157,6 +112,8 @@ def check_slope(
         The machine epsilon of the least precise step of the model.
     detaches : bool
         Whether the model calls ``.detach()``: what that gives is held constant.
+    program : callable, optional
+        ``(x, v) -> J(x) v`` by the recorded operations, flat, if these are the same for every image.
 
     Returns
     -------
@@ -171,13 +128,20 @@ def check_slope(
     scale = float(image.abs().max()) or 1.0
     arithmetic, ahead = _arithmetic(respond, image, v, precision, scale)
     first = arithmetic._replace(steps=arithmetic.steps[:1])
-    verdict, _ = _compare(image, v, jv, first, scale, detaches, None if detaches else ahead)
-    if verdict:
+    known = {} if ahead is None or detaches else {first.steps[0] * scale: ahead}
+    responses = _Responses(image, v, arithmetic, detaches, known)
+    if _compare(responses, jv, first, scale)[0]:
         return True
-    x, v = (t.to(arithmetic.dtype) for t in (_beside(image, scale), v))
+    if not arithmetic.promotes:
+        program = None
+    if program is not None and _compare(responses, _by_program(program, responses), first, scale)[0]:
+        return True
+    responses = _Responses(_beside(image, scale), v, arithmetic, detaches)
+    if program is not None and _compare(responses, _by_program(program, responses), arithmetic, scale)[0]:
+        return True
     with _context(arithmetic):
-        jv = derivative(arithmetic.respond, x, v)
-    verdict, error = _compare(x, v, jv, arithmetic, scale, detaches)
+        jv = derivative(arithmetic.respond, responses.x, responses.v)
+    verdict, error = _compare(responses, jv, arithmetic, scale)
     if verdict is False:
         raise ValueError(
             f"PyTorch's derivative of the model is not the slope of its response: J v and the central difference of "
@@ -217,36 +181,52 @@ def _context(arithmetic: _Arithmetic) -> contextlib.AbstractContextManager:
     return Promoted() if arithmetic.promotes else contextlib.nullcontext()
 
 
-def _compare(
-    x: Tensor,
-    v: Tensor,
-    jv: Tensor,
-    arithmetic: _Arithmetic,
-    scale: float,
-    detaches: bool,
-    ahead: Tensor | None = None,
-) -> tuple[bool | None, float]:
-    """Whether J v is the slope at x, None where no step decides; and the error of the worst part.
+def _by_program(program: Callable[[Tensor, Tensor], Tensor], responses: _Responses) -> Tensor | None:
+    """J v in float64; None where the program can't run in it."""
+    try:
+        with clean_failure(), torch.no_grad(), Promoted():
+            return program(responses.x, responses.v)
+    except Exception as error:  # whatever an operation raises that is recorded for one dtype
+        _LOG.info("the program can't run in float64: %s", error)
+        return None
 
-    `ahead` is the response at the first step, where it is known.
-    """
+
+class _Responses:
+    """The response at x + h v, by h: ``responses(h)`` is a list of the flat tensors that it consists of, in float64."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        arithmetic: _Arithmetic,
+        detaches: bool,
+        known: Mapping[float, Tensor] = types.MappingProxyType({}),
+    ) -> None:
+        self.x, self.v = (t.to(arithmetic.dtype) for t in (x, v))
+        self._arithmetic, self._known = arithmetic, dict(known)
+        self._frozen = _Detached() if detaches else None
+        if detaches:
+            self(0.0)  # where it records
+
+    def __call__(self, h: float) -> list[Tensor]:
+        respond = self._arithmetic.respond
+        if h not in self._known:
+            x = self.x + h * self.v
+            with torch.no_grad(), _context(self._arithmetic):
+                self._known[h] = respond(x) if self._frozen is None else self._frozen.run(lambda: respond(x))
+        return list(self._known[h].double().split(respond.sizes))
+
+
+def _compare(at: _Responses, jv: Tensor | None, arithmetic: _Arithmetic, scale: float) -> tuple[bool | None, float]:
+    """Whether J v is the slope at x, None where no step decides; and the error of the worst part."""
+    if jv is None:
+        return None, 0.0
     respond, eps = arithmetic.respond, torch.finfo(arithmetic.dtype).eps
-    x, v, jv = (t.to(arithmetic.dtype) for t in (x, v, jv))
-    frozen = _Detached() if detaches else None
-
-    @functools.cache
-    def at(h: float) -> list[Tensor]:
-        with torch.no_grad(), _context(arithmetic):
-            out = respond(x + h * v) if frozen is None else frozen.run(lambda: respond(x + h * v))
-            return list(out.double().split(respond.sizes))
-
-    if frozen is not None:
-        at(0.0)  # where it records
+    jv = jv.to(arithmetic.dtype)
     parts = [_Part() for _ in respond.sizes]
     for step in arithmetic.steps:
         h = step * scale
-        here = ahead if ahead is not None and step == arithmetic.steps[0] else None
-        plus = at(h) if here is None else list(here.double().split(respond.sizes))
+        plus = at(h)
         for i, slope in enumerate(jv.double().split(respond.sizes)):
             central = (plus[i] - at(-h)[i]) / (2 * h)
             size, error = max(norm(slope), norm(central)), norm(central - slope)
@@ -292,7 +272,9 @@ class _Part:
 def norm(x: Tensor) -> float:
     """‖x‖₂ in float64, also where the squares of its elements leave that range."""
     x = x.detach().double()
-    peak = float(x.abs().max()) if x.numel() else 0.0
+    peak = torch.linalg.vector_norm(x, torch.inf).item() if x.numel() else 0.0
+    if 1e-100 < peak < 1e100:
+        return torch.linalg.vector_norm(x).item()
     return peak * torch.linalg.vector_norm(x / peak).item() if peak else 0.0
 
 

@@ -172,6 +172,7 @@ def check_program(seed: int) -> str:
                 engine = Traced(respond, images[0], truth[0][0])
         except NotLinear:
             return "refused"
+        engine.prepare(images[0])
         program = engine.program
         for x, (y, jacobian) in zip(images, truth, strict=True):
             again, *constants = program.prepare(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node
     channels = source.value.shape[1]
     if x.value.ndim != 3 or x.value.shape[1] != channels or places.value.shape[1] != channels:
         return None
-    return tape.linear(node.value, _take_nhwc, source, tape.constant(_places_nhwc, places), channels)
+    return tape.linear(node.value, take_nhwc, source, tape.constant(_places_nhwc, places), channels)
 
 
 def _places_nhwc(places: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _places_nhwc(places: Tensor) -> Tensor:
     return (places.mT * channels + torch.arange(channels, device=places.device)).reshape(-1)
 
 
-def _take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
+def take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
     """Elements of (1, C, H, W), as (1, C, n)."""
     return x.permute(0, 2, 3, 1).reshape(-1).index_select(0, places).reshape(1, -1, channels).mT
 
@@ -86,13 +86,13 @@ def _take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
 def _lower_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """With the mask in the layout of what was taken."""
     x, point, threshold = args
-    if x.op is not _take_nhwc or not is_constant(point):
+    if x.op is not take_nhwc or not is_constant(point):
         return None
     return tape.linear(node.value, node.op, x, tape.constant(_as_taken, point), threshold)
 
 
 def _as_taken(x: Tensor) -> Tensor:
-    """(1, C, n) in the layout of `_take_nhwc`."""
+    """(1, C, n) in the layout of `take_nhwc`."""
     return x.mT.contiguous().mT
 
 
@@ -152,10 +152,12 @@ def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
 def _lower_max_pool_backward(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """One vector at a time, since a block would take copies of the constants, one for each vector."""
     g, x, *geometry, indices = args
-    x, indices = (_before_expansion(a) for a in (x, indices))
-    if not is_linear(g) or len(g.value) == 1 or not (len(x.value) == len(indices.value) == 1):
+    indices = _before_expansion(indices)
+    if not is_linear(g) or not is_constant(x) or indices.level == LINEAR or len(indices.value) != 1:
         return None
-    return tape.linear(node.value, _unpool, g, x, *geometry, indices)
+    if x.value.ndim != 4 or len(x.value) != len(g.value):
+        return None
+    return tape.linear(node.value, unpool, g, list(x.value.shape[1:]), _is_laid_out(g), *geometry, indices)
 
 
 def _before_expansion(x: Node) -> Node:
@@ -169,8 +171,14 @@ def _before_expansion(x: Node) -> Node:
     return x
 
 
-def _unpool(g: Tensor, *args: Any) -> Tensor:
-    return torch.cat([aten.max_pool2d_with_indices_backward.default(one, *args) for one in g.split(1)])
+def unpool(g: Tensor, shape: Sequence[int], is_nhwc: bool, *args: Any) -> Tensor:
+    """The backward pass of max pooling, which reads of what was pooled its shape (C, H, W) and its layout alone."""
+    *geometry, indices = args
+    layout = torch.channels_last if is_nhwc else torch.contiguous_format
+    like = torch.empty((1, *shape), dtype=g.dtype, device=g.device, memory_format=layout)
+    backward, indices = aten.max_pool2d_with_indices_backward.default, indices.long()
+    parts = [backward(one, like, *geometry, indices) for one in g.split(1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _LOWER: dict[Callable, Rule] = {
@@ -189,8 +197,8 @@ _LOGICAL = {  # functions of our own, and Python's, that read elements by index
     torch.reshape,
     _convolve_transposed,
     nhwc,
-    _take_nhwc,
-    _unpool,
+    take_nhwc,
+    unpool,
 }
 _ANY_LAYOUT = {
     aten.convolution.default,

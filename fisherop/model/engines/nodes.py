@@ -7,7 +7,11 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 STATIC, IMAGE, LINEAR = range(3)
+_ATOMS = {int, bool, float, str, type(None)}  # most of what arguments hold, and nothing that is ever replaced
 
 
 class NotLinear(RuntimeError):
@@ -25,7 +29,7 @@ class Node:
         self.args = args
         self.kwargs = kwargs
         self.level = level
-        self.value = value  # at the image of the recording
+        self.value = value  # of a constant; otherwise outlines of tensors
         self.parents = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Node)]
 
 
@@ -39,6 +43,23 @@ def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
             found[node.index] = node
             stack.extend(parent for parent in node.parents if parent.level > above)
     return [found[index] for index in sorted(found)]
+
+
+def early(nodes: Iterable[Node], recorded: int) -> list[Node]:
+    """Nodes in an order by which what rules made after the recording comes as soon as it can, so that memory is freed.
+
+    Parameters
+    ----------
+    nodes : iterable of Node
+        In the order of their indices.
+    recorded : int
+        The last index of the recording.
+    """
+    places: dict[int, int] = {}
+    for node in nodes:
+        made = max((places.get(parent.index, 0) for parent in node.parents), default=0)
+        places[node.index] = node.index if node.index <= recorded else made
+    return sorted(nodes, key=lambda node: (places[node.index], node.index))
 
 
 def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
@@ -79,19 +100,28 @@ def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequen
 
 
 def leaves(tree: Any) -> list:
-    if isinstance(tree, list | tuple):
-        return [leaf for part in tree for leaf in leaves(part)]
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in leaves(part)]
-    return [tree]
+    found: list = []
+    stack = [tree]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, list | tuple):
+            stack.extend(reversed(here))
+        elif isinstance(here, dict):
+            stack.extend(reversed(here.values()))
+        else:
+            found.append(here)
+    return found
 
 
 def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
     """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
+    cls = type(tree)
+    if cls in _ATOMS:
+        return tree
     if isinstance(tree, kind):
         return new(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(replace(part, kind, new) for part in tree)
+        return cls([part if type(part) in _ATOMS else replace(part, kind, new) for part in tree])
     if isinstance(tree, dict):
         return {key: replace(part, kind, new) for key, part in tree.items()}
     return tree
@@ -99,6 +129,20 @@ def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
 
 def values(tree: Any) -> Any:
     return replace(tree, Node, operator.attrgetter("value"))
+
+
+def outline(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor without elements that has the shape, the strides and the dtype of another; see `device_of`."""
+    if x.layout != torch.strided:
+        return x
+    made: Any = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    made.home = device or device_of(x)
+    return made
+
+
+def device_of(x: Tensor) -> torch.device:
+    """Where a tensor is, or the one that this is an outline of."""
+    return getattr(x, "home", x.device)
 
 
 def level_of(tree: Any) -> int:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fisherop.model.duals import Duals
+
 _BLOCK_BYTES = 2**30  # that a block of products may compute on its way, by default
 _MAX_CHUNK = 64
 
@@ -76,7 +78,7 @@ class DoubleBackward(_Plain):
 
 def forward_mode(respond: Callable[[Tensor], Tensor], image: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """The response and J v, flat, by PyTorch's dual numbers."""
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), Duals():
         response, jv = forward_ad.unpack_dual(respond(forward_ad.make_dual(image, tangent)))
     return response, torch.zeros_like(response) if jv is None else jv
 

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, needed, replace
+from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, device_of, needed, replace
 from fisherop.model.engines.tape import Tape
 
 aten = torch.ops.aten
@@ -35,10 +35,13 @@ def rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
         if node.op is None:
             new[node.index] = node
             continue
-        args, kwargs = (replaced(part, new) for part in (node.args, node.kwargs))
+        args, kwargs = node.args, node.kwargs
+        same = all(new.get(parent.index, parent) is parent for parent in node.parents)
+        if not same:
+            args, kwargs = (replaced(part, new) for part in (args, kwargs))
         alone = [i for i, a in enumerate(node.args) if isinstance(a, Node) and users[a.index] == 1]
         better = rules[node.op](tape, node, args, alone) if node.op in rules and not _alpha(kwargs) else None
-        new[node.index] = better or tape.linear(node.value, node.op, *args, **kwargs)
+        new[node.index] = better or (node if same else tape.linear(node.value, node.op, *args, **kwargs))
     return new[out.index]
 
 
@@ -67,7 +70,7 @@ def _add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     if is_linear(a) and is_linear(b):
         return None
     one, other = (a, b) if is_linear(a) else (b, a)
-    if bool(other.value.any()) if isinstance(other, Node) else other != 0:
+    if not _is_zero(tape, other):
         raise NotLinear(f"{node.op} adds a constant to the derivative")
     if one.value.dtype != node.value.dtype:
         return None
@@ -76,19 +79,27 @@ def _add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     return _expand(tape, one, node)
 
 
+def _is_zero(tape: Tape, x: Any) -> bool:
+    if not isinstance(x, Node):
+        return x == 0
+    return x.index in tape.zeros or (x.level == STATIC and not x.value.any())
+
+
 def _expand(tape: Tape, x: Node, node: Node) -> Node:
     shape = node.value.shape
     return x if x.value.shape == shape else tape.linear(node.value, aten.expand.default, x, list(shape))
 
 
 def _to_copy(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
-    same = all(getattr(args[0].value, a) == getattr(node.value, a) for a in ("dtype", "device", "layout"))
-    return args[0] if same else None
+    before, after = ((x.dtype, x.layout, device_of(x)) for x in (args[0].value, node.value))
+    return args[0] if before == after else None
 
 
 def _copy_into(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     source = args[1]
-    if not is_linear(source) or source.value.dtype != node.value.dtype or source.value.device != node.value.device:
+    if not is_linear(source) or source.value.dtype != node.value.dtype:
+        return None
+    if device_of(source.value) != device_of(node.value):
         return None
     return _expand(tape, source, node)
 
@@ -285,7 +296,7 @@ def wants_nhwc(node: Node) -> bool:
     return (
         isinstance(value, Tensor)
         and value.ndim == 4
-        and value.device.type == "cpu"
+        and device_of(value).type == "cpu"
         and value.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
     )

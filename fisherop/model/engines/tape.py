@@ -2,7 +2,7 @@
 
 What depends on that input is the *linear* part, what remains is constant: *image* where it depends on the point of
 linearization, *static* where it depends on nothing but parameters. Constants are computed once, the linear part at
-every product.
+every product. Of all but static tensors a tape holds outlines alone, so that memory is freed as the function frees it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.model.engines.nodes import (
@@ -24,9 +25,11 @@ from fisherop.model.engines.nodes import (
     STATIC,
     Node,
     NotLinear,
+    device_of,
     key_of,
     leaves,
     level_of,
+    outline,
     replace,
     values,
 )
@@ -54,6 +57,7 @@ _BY_SHAPE = {  # operations that read of a tensor nothing but its shape
     aten.zeros_like.default,
     *(getattr(aten, name).default for name in ("_new_zeros_with_same_feature_meta",) if hasattr(aten, name)),
 }
+_ADDING = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor}
 _RESIZING = {aten.set_, aten.resize_, aten.resize_as_}
 _SMALL = 4096  # elements
 
@@ -70,19 +74,24 @@ class Tape:
         Whether Python saw a value that depends on the image, so that the tape may hold for this image alone.
     external : set of int
         The addresses of the tensors that no operation made: parameters, buffers.
+    count : int
+        Of nodes so far, the index of the last one.
+    zeros : set of int
+        The indices of nodes that depend on the image and are zero, of those that are added to the linear part.
     """
 
     def __init__(self) -> None:
         self.reads_image = False
         self.external: set[int] = set()
+        self.zeros: set[int] = set()
         self._known: dict[Any, Node] = {}
-        self._count = 0
+        self.count = 0
         self._inputs: list[tuple[Tensor, Node]] = []
         self._forget()
 
     def _forget(self) -> None:
         """Nothing is known of any tensor, but of the inputs."""
-        self._alive: list[Any] = []  # or another tensor might get the same place
+        self._seen: list[Any] = []  # references, weak ones if possible, or another tensor might get the same place
         self._at: dict[Place, tuple[Node, int]] = {}  # the node of a place, and how many writes it knows
         self._places: collections.defaultdict[int, list[Place]] = collections.defaultdict(list)  # by storage
         self._writes: collections.defaultdict[int, list[tuple[Place, Node]]] = collections.defaultdict(list)
@@ -96,12 +105,15 @@ class Tape:
         return self._remember(value, node)
 
     def constant(self, op: Callable, *args: Any, **kwargs: Any) -> Node:
-        """The node of an operation on constants, executed here."""
+        """The node of an operation on constants; it is executed here where they are static."""
         key = key_of(op, args, kwargs)
         if key not in self._known:
-            value, level = op(*values(args), **values(kwargs)), level_of((args, kwargs))
+            level, given = level_of((args, kwargs)), values((args, kwargs))
             if level == STATIC:
-                return self._known.setdefault(key, self.static(value))
+                return self._known.setdefault(key, self.static(op(*given[0], **given[1])))
+            device = next(device_of(leaf) for leaf in leaves(given) if isinstance(leaf, Tensor))
+            given = replace(given, Tensor, outline)
+            value = replace(op(*given[0], **given[1]), Tensor, lambda t: outline(t, device))
             self._known[key] = self._node(op, args, kwargs, level, value)
         return self._known[key]
 
@@ -126,16 +138,19 @@ class Tape:
             self._forget()
 
     def _node(self, op: Callable | None, args: tuple, kwargs: dict, level: int, value: Any) -> Node:
-        self._count += 1
-        return Node(self._count, op, args, kwargs, level, value)
+        self.count += 1
+        if level > STATIC:
+            value = replace(value, Tensor, lambda t: t if hasattr(t, "home") else outline(t))
+        return Node(self.count, op, args, kwargs, level, value)
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
         place = Place.of(tensor)
         if place not in self._at:
-            self._alive.append(tensor if tensor.layout != torch.strided else tensor.untyped_storage())
+            strided = tensor.layout == torch.strided
+            self._seen.append(StorageWeakRef(tensor.untyped_storage()) if strided else tensor)
             self._places[place.storage].append(place)
         self._at[place] = node, len(self._writes[place.storage])
-        if node.level < LINEAR and isinstance(node.value, Tensor) and node.value.layout == torch.strided:
+        if node.level == STATIC and isinstance(node.value, Tensor) and node.value.layout == torch.strided:
             self._holding[node.value.untyped_storage()._cdata][node.index] = node
         return node
 
@@ -216,7 +231,7 @@ class Tape:
         """The node of an operation that was not executed, whose result is `value`."""
         key = key_of(op, args, {})
         if key not in self._known:
-            self._known[key] = self._node(op, args, {}, level, value.detach())
+            self._known[key] = self._node(op, args, {}, level, value)
         return self._known[key]
 
     def static(self, value: Tensor) -> Node:
@@ -226,9 +241,7 @@ class Tape:
         if value.numel() <= _SMALL and value.device.type == "cpu" and value.layout == torch.strided:
             value = value.clone()  # of its own, in case the operation after next changes it in place
             flat = value.resolve_conj().resolve_neg().reshape(-1)
-            flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(
-                flat
-            )  # one element may keep any stride
+            flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(flat)  # one may keep any stride
             key = value.dtype, value.device, value.shape, flat.view(torch.uint8).numpy().tobytes()
         else:
             key = Place.of(value), value.device
@@ -259,6 +272,8 @@ class Tape:
         if seen == LINEAR:
             raise NotLinear(f"{op} reads values of the derivative")
         self.reads_image = self.reads_image or seen == IMAGE
+        if op in _ADDING and level == LINEAR:
+            self._note_zeros(nodes[0], args)
         if not tensors and not op._schema.is_mutable:  # what works in place may return nothing
             return
         if op in _BY_SHAPE or op in _UNINITIALISED:
@@ -302,9 +317,14 @@ class Tape:
         if key not in self._known:
             static = level == STATIC and isinstance(out, Tensor) and not known
             # of its own, since an operation in place may change the shape of `out`
-            value = out.resolve_conj().resolve_neg().detach() if isinstance(out, Tensor) else out
-            self._known[key] = self.static(value) if static else self._node(op, *nodes, level, value)
+            made = self.static(out.resolve_conj().resolve_neg().detach()) if static else None
+            self._known[key] = made or self._node(op, *nodes, level, out)
         return self._known[key]
+
+    def _note_zeros(self, nodes: tuple, args: tuple) -> None:
+        for node, value in zip(nodes, args, strict=True):
+            if isinstance(node, Node) and node.level == IMAGE and not value.any():
+                self.zeros.add(node.index)
 
     def _append_in_place(self, op: Any, args: tuple, kwargs: dict, nodes: tuple, level: int, out: Any) -> None:
         """Record the operation that returns what this one writes into one of its arguments."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherop.model.engines.compact import compact
 from fisherop.model.engines.lower import lower
-from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
+from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, device_of, early, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.simplify import simplify
 from fisherop.model.engines.tape import Tape
@@ -35,29 +37,32 @@ class Traced:
     ----------
     program : Program
         What other images can resume.
-    response : Tensor
-        The response to the image, flat: as it was given, or by the program that an earlier image left.
     """
 
     name = "traced"
     is_recorded, calls_model = True, False
 
     def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
-        self.response: Tensor = response
-        try:
-            self.program, self._constants = _trace(respond, image, response)
-        except RuntimeError:
-            raise
-        except Exception as error:  # whatever an operation that we don't know may do to the rules
-            raise NotLinear(f"tracing failed, {type(error).__name__}: {error}") from error
+        self._constants: list[Tensor] = []
+        with _failing("tracing"):
+            self.program = _trace(respond, image, response)
 
     @classmethod
-    def resume(cls, image: Tensor, program: Program) -> Traced:
+    def resume(cls, program: Program) -> Traced:
         """By the program that an earlier image left."""
         self = cls.__new__(cls)
-        self.program = program
-        self.response, *self._constants = program.prepare(image)
+        self.program, self._constants = program, []
         return self
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Compute what depends on the image alone, which products need; return the response by the program, flat."""
+        with _failing("its program"):
+            response, *self._constants = self.program.prepare(image)
+        return response
+
+    def release(self) -> None:
+        """Free what `prepare` computed."""
+        self._constants = []
 
     def chunk_size(self, bytes_: int) -> int:
         return max(1, min(_MAX_CHUNK, _LARGEST_BYTES // self.program.largest_bytes))
@@ -65,6 +70,10 @@ class Traced:
     @staticmethod
     def slope(respond: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
         return slope(respond, x, v)
+
+    def by_program(self, x: Tensor, v: Tensor) -> Tensor:
+        """J v at another image, flat."""
+        return self.program.single["jvp"](v, *self.program.prepare(x)[1:])[0]
 
     def jvp(self, tangents: Tensor) -> Tensor:
         return self.program.product("jvp", self._constants, tangents)
@@ -76,6 +85,17 @@ class Traced:
     def held_bytes(self) -> tuple[int, int]:
         """The memory of what depends on the image, and of what the images of one model share, without parameters."""
         return _bytes(self._constants), _bytes(self.program.statics)
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Any error rejects the engine, whatever an operation that we don't know may do to the rules."""
+    try:
+        yield
+    except RuntimeError:
+        raise
+    except Exception as error:
+        raise NotLinear(f"{what} failed, {type(error).__name__}: {error}") from error
 
 
 class Program:
@@ -153,21 +173,24 @@ class Program:
         return compile_nodes(needed([out], above=STATIC), inputs, [out])
 
 
-def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[Program, list[Tensor]]:
+def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> Program:
     tape = Tape()
     v, u = torch.ones_like(image), torch.ones_like(response)
     x = tape.input(image, IMAGE)
     vectors = {"jvp": tape.input(v, LINEAR), "vjp": tape.input(u, LINEAR)}
 
     answer, forward, backward = tape.record(lambda: _products(respond, image, v, u))
+    recorded = tape.count
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
-    plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
-    single = {direction: lower(tape, out) for direction, out in plain.items()}
+    simple = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
+    single = {direction: compact(tape, lower(tape, out)) for direction, out in simple.items()}
+    plain = {direction: compact(tape, out) for direction, out in simple.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)
     parents = {p.index: p for node in nodes for p in node.parents}
     constants = [p for p in parents.values() if p.level == IMAGE]
-    prepare = compile_nodes(needed([answer, *constants], above=STATIC), [x], [answer, *constants])
+    results = [answer, *constants]
+    prepare = compile_nodes(early(needed(results, above=STATIC), recorded), [x], results)
     single, plain = (
         {d: compile_nodes(needed([out], above=IMAGE), [vectors[d], *constants], [out]) for d, out in outputs.items()}
         for outputs in (single, plain)
@@ -175,15 +198,17 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
     largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
-    return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external), [
-        c.value for c in constants
-    ]
+    return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external)
 
 
 def _largest(node: Node) -> int:
     """Of the tensor that an operation gives, and of the columns that PyTorch makes of a convolution in float64."""
     value: Tensor = node.value
-    if node.op is not torch.ops.aten.convolution.default or value.dtype != torch.float64 or value.device.type != "cpu":
+    if (
+        node.op is not torch.ops.aten.convolution.default
+        or value.dtype != torch.float64
+        or device_of(value).type != "cpu"
+    ):
         return value.nbytes
     x, weight, transposed = (a.value if isinstance(a, Node) else a for a in (*node.args[:2], node.args[6]))
     places = math.prod((x if transposed else value).shape[2:])
