@@ -38,6 +38,7 @@ ORDER = [
     "model.engines.places",
     "model.engines.writes",
     "model.engines.tape",
+    "model.engines.kernels",
     "model.engines.simplify",
     "model.engines.lower",
     "model.engines.plain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherop.model.engines.kernels import (
+    as_taken,
+    convolve_phases,
+    fold,
+    nhwc,
+    phase_geometry,
+    phases,
+    places_nhwc,
+    take_nhwc,
+    unpool,
+)
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, needed
 from fisherop.model.engines.places import put, put_slices, take, take_slices
 from fisherop.model.engines.simplify import (
@@ -18,7 +30,6 @@ from fisherop.model.engines.simplify import (
     each,
     is_constant,
     is_linear,
-    nhwc,
     replaced,
     rewrite,
     wants_nhwc,
@@ -27,7 +38,10 @@ from fisherop.model.engines.simplify import (
 from fisherop.model.engines.tape import Tape
 
 aten = torch.ops.aten
-_FEW_CHANNELS = 4  # up to so many, a matrix product and a sum over windows beat PyTorch's transposed convolution
+_FEW_CHANNELS = 4  # up to so many, PyTorch's transposed convolution is slow
+_LARGE_KERNEL = 5  # from which on an ordinary convolution is faster than a matrix product and a sum over windows
+_MOST_WORK = 1.5  # times as many products, for a convolution of all phases
+_MANY = 256  # places in a block, for which turning the weights costs little
 
 
 def lower(tape: Tape, out: Node) -> Node:
@@ -36,17 +50,36 @@ def lower(tape: Tape, out: Node) -> Node:
 
 
 def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
-    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    x, weight, *_ = args
     if not wants_nhwc(node) or weight.level != STATIC:
         return None
-    _, channels, *size = node.value.shape
+    return _transposed(tape, node, args) or tape.linear(node.value, node.op, tape.linear(x.value, nhwc, x), *args[1:])
+
+
+def _transposed(tape: Tape, node: Node, args: tuple) -> Node | None:
+    """A transposed convolution by other means, where these are faster."""
+    x, weight, _, stride, padding, dilation, transposed, beyond, groups = args
+    if not transposed or groups != 1:
+        return None
+    stride, padding, dilation, beyond = (each(t, 2) for t in (stride, padding, dilation, beyond))
+    (k, _, *sizes), (channels, *size) = x.value.shape, node.value.shape[1:]
     kernel = list(weight.value.shape[2:])
-    stride, padding, dilation = (each(t, 2) for t in (stride, padding, dilation))
-    fits = list(map(windows, size, kernel, stride, padding, dilation)) == list(x.value.shape[2:])
-    if transposed and groups == 1 and channels <= _FEW_CHANNELS and fits:
-        matrix = tape.constant(torch.t, tape.constant(torch.reshape, weight, [weight.value.shape[0], -1]))
-        return tape.linear(node.value, _convolve_transposed, matrix, x, size, kernel, dilation, padding, stride)
-    return tape.linear(node.value, node.op, tape.linear(x.value, nhwc, x), *args[1:])
+    if [*kernel, *stride] == [1, 1, 1, 1] and not any((*padding, *beyond)) and k * math.prod(sizes) >= _MANY:
+        turned = tape.constant(torch.transpose, weight, 0, 1)
+        x = tape.linear(x.value, nhwc, x)
+        return tape.linear(node.value, node.op, x, turned, None, stride, padding, stride, False, beyond, 1)
+    if channels > _FEW_CHANNELS:
+        return None
+    if dilation == [1, 1] and min(kernel) >= _LARGE_KERNEL:
+        around, start, work = zip(*map(phase_geometry, kernel, stride, padding, sizes, size), strict=True)
+        if min(around) >= 0 and math.prod(work) <= _MOST_WORK * math.prod(kernel):
+            made = tape.constant(phases, weight, stride, padding)
+            x, shape = tape.linear(x.value, nhwc, x), [channels, *size]
+            return tape.linear(node.value, convolve_phases, x, made, shape, stride, list(around), list(start))
+    if list(map(windows, size, kernel, stride, padding, dilation)) != sizes:
+        return None
+    matrix = tape.constant(torch.t, tape.constant(torch.reshape, weight, [len(weight.value), -1]))
+    return tape.linear(node.value, fold, matrix, x, size, kernel, dilation, padding, stride)
 
 
 def _lower_add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -64,36 +97,25 @@ def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node
     """The choice that max pooling makes in forward mode, by places in the layout in which a convolution left `x`."""
     x, dimension, places = args
     source = x.args[0] if x.op is torch.reshape else x
-    if not (_is_laid_out(source) and len(source.value) == 1 and dimension in (-1, 2) and is_constant(places)):
+    if not (is_constant(places) and source.value.ndim == 4 and _is_laid_out(source)):
         return None
-    channels = source.value.shape[1]
-    if x.value.ndim != 3 or x.value.shape[1] != channels or places.value.shape[1] != channels:
+    (k, channels, *size), shape = source.value.shape, list(x.value.shape)
+    places = _before_expansion(places)
+    fits = shape[-2:] == [channels, math.prod(size)] and places.value.shape[:-1] == (1, channels)
+    if not fits or math.prod(shape[:-2]) != k or dimension not in (-1, len(shape) - 1):
         return None
-    return tape.linear(node.value, _take_nhwc, source, tape.constant(_places_nhwc, places), channels)
-
-
-def _places_nhwc(places: Tensor) -> Tensor:
-    """Of places within each channel, (1, C, n)."""
-    channels = places.shape[1]
-    return (places.mT * channels + torch.arange(channels, device=places.device)).reshape(-1)
-
-
-def _take_nhwc(x: Tensor, places: Tensor, channels: int) -> Tensor:
-    """Elements of (1, C, H, W), as (1, C, n)."""
-    return x.permute(0, 2, 3, 1).reshape(-1).index_select(0, places).reshape(1, -1, channels).mT
+    places = tape.constant(places_nhwc, places)
+    taken = tape.linear(node.value.flatten(0, -3), take_nhwc, source, places, channels)
+    return tape.linear(node.value, torch.reshape, taken, list(node.value.shape))
 
 
 def _lower_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """With the mask in the layout of what was taken."""
     x, point, threshold = args
-    if x.op is not _take_nhwc or not is_constant(point):
+    taken = x.args[0] if x.op is torch.reshape else x
+    if taken.op is not take_nhwc or not is_constant(point) or point.value.ndim != 3:
         return None
-    return tape.linear(node.value, node.op, x, tape.constant(_as_taken, point), threshold)
-
-
-def _as_taken(x: Tensor) -> Tensor:
-    """(1, C, n) in the layout of `_take_nhwc`."""
-    return x.mT.contiguous().mT
+    return tape.linear(node.value, node.op, x, tape.constant(as_taken, point), threshold)
 
 
 def _is_laid_out(x: Node) -> bool:
@@ -144,33 +166,26 @@ def _takes_any_layout(op: Callable) -> bool:
     return op in _LOGICAL
 
 
-def _convolve_transposed(matrix: Tensor, x: Tensor, *geometry: Any) -> Tensor:
-    """A matrix product and a sum over windows; one vector at a time, so that what lies between fits the cache."""
-    return torch.cat([aten.col2im.default(matrix @ one.flatten(2), *geometry) for one in x.split(1)])
-
-
 def _lower_max_pool_backward(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """One vector at a time, since a block would take copies of the constants, one for each vector."""
     g, x, *geometry, indices = args
     x, indices = (_before_expansion(a) for a in (x, indices))
     if not is_linear(g) or len(g.value) == 1 or not (len(x.value) == len(indices.value) == 1):
         return None
-    return tape.linear(node.value, _unpool, g, x, *geometry, indices)
+    return tape.linear(node.value, unpool, g, x, *geometry, indices)
 
 
 def _before_expansion(x: Node) -> Node:
-    """The constant that was repeated for each vector of a block."""
-    shape = [1, *x.value.shape[1:]]
+    """The constant that was repeated for each vector of a block, (1, …)."""
     at = x
     while at.level < LINEAR and at.op in (aten.expand.default, torch.reshape, Tensor.contiguous):
+        (_, *rest), before = at.value.shape, list(at.args[0].value.shape)
+        if at.op is aten.expand.default and (not before or rest[len(rest) + 1 - len(before) :] != before[1:]):
+            return x  # repeated otherwise
         at = at.args[0]
-        if list(at.value.shape) == shape:
+        if len(before) > 1 and before == [1, *x.value.shape[1 - len(before) :]]:
             return at
     return x
-
-
-def _unpool(g: Tensor, *args: Any) -> Tensor:
-    return torch.cat([aten.max_pool2d_with_indices_backward.default(one, *args) for one in g.split(1)])
 
 
 _LOWER: dict[Callable, Rule] = {
@@ -187,10 +202,11 @@ _LOGICAL = {  # functions of our own, and Python's, that read elements by index
     take,
     take_slices,
     torch.reshape,
-    _convolve_transposed,
+    convolve_phases,
+    fold,
     nhwc,
-    _take_nhwc,
-    _unpool,
+    take_nhwc,
+    unpool,
 }
 _ANY_LAYOUT = {
     aten.convolution.default,
