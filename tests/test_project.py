@@ -41,6 +41,7 @@ ORDER = [
     "model.engines.kernels",
     "model.engines.simplify",
     "model.engines.lower",
+    "model.engines.reuse",
     "model.engines.plain",
     "model.engines.traced",
     "model.engines",

@@ -14,6 +14,7 @@ from torch import Tensor
 from fisherop.model.engines.lower import lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
+from fisherop.model.engines.reuse import in_place
 from fisherop.model.engines.simplify import simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
@@ -150,7 +151,7 @@ class Program:
         tape = Tape()
         inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
         out = lower(tape, tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
-        return compile_nodes(needed([out], above=STATIC), inputs, [out])
+        return _running(needed([out], above=STATIC), inputs, out)
 
 
 def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> tuple[Program, list[Tensor]]:
@@ -168,16 +169,20 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     parents = {p.index: p for node in nodes for p in node.parents}
     constants = [p for p in parents.values() if p.level == IMAGE]
     prepare = compile_nodes(needed([answer, *constants], above=STATIC), [x], [answer, *constants])
-    single, plain = (
-        {d: compile_nodes(needed([out], above=IMAGE), [vectors[d], *constants], [out]) for d, out in outputs.items()}
-        for outputs in (single, plain)
-    )
+    inputs = {direction: [node, *constants] for direction, node in vectors.items()}
+    single = {d: _running(needed([out], above=IMAGE), inputs[d], out) for d, out in single.items()}
+    plain = {d: compile_nodes(needed([out], above=IMAGE), inputs[d], [out]) for d, out in plain.items()}
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
     largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
     return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external), [
         c.value for c in constants
     ]
+
+
+def _running(nodes: list[Node], inputs: list[Node], out: Node) -> Callable[..., tuple]:
+    """The program that runs as it is, so that it may work in place, which what is vectorized must not."""
+    return compile_nodes(nodes, inputs, [out], in_place(nodes, [out]))
 
 
 def _largest(node: Node) -> int:
