@@ -14,6 +14,7 @@ from fisherop.model.engines.kernels import (
     as_taken,
     convolve_phases,
     fold,
+    nchw,
     nhwc,
     phase_geometry,
     phases,
@@ -84,13 +85,23 @@ def _transposed(tape: Tape, node: Node, args: tuple) -> Node | None:
 
 def _lower_add(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     """Both terms in one layout, since what a convolution reads is converted for it anyway."""
-    if not (all(map(is_linear, args)) and wants_nhwc(node)):
+    shape = node.value.shape
+    if not all(map(is_linear, args)) or any(a.value.shape != shape for a in args) or len(shape) < 4:
         return None
     converted = [_is_laid_out(a) for a in args]
-    if converted[0] == converted[1] or any(a.value.shape != node.value.shape for a in args):
+    if converted[0] == converted[1]:
         return None
-    terms = [a if done else tape.linear(a.value, nhwc, a) for a, done in zip(args, converted, strict=True)]
+    terms = [a if done else _converted(tape, a) for a, done in zip(args, converted, strict=True)]
     return tape.linear(node.value, node.op, *terms)
+
+
+def _converted(tape: Tape, x: Node) -> Node:
+    """(…, C, H, W) in the layout NHWC, by the same node as where a convolution reads it."""
+    images = x.value.flatten(0, -4)
+    if x.value.ndim == 4:
+        return tape.linear(images, nhwc, x)
+    flat = tape.linear(images, torch.reshape, x, list(images.shape))
+    return tape.linear(x.value, torch.reshape, tape.linear(images, nhwc, flat), list(x.value.shape))
 
 
 def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -118,6 +129,23 @@ def _lower_threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> N
     return tape.linear(node.value, node.op, x, tape.constant(as_taken, point), threshold)
 
 
+def _lower_reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """What is flattened from NHWC becomes contiguous first, in the fast way."""
+    x, shape = args
+    whole = math.prod(x.value.shape[-3:])
+    if (
+        x.value.ndim < 4
+        or x.value.shape[-3] == 1
+        or shape[-1:] == [x.value.shape[-1]]
+        or not shape
+        or whole > shape[-1]
+    ):
+        return None
+    while x.op is Tensor.contiguous and is_linear(x.args[0]):
+        x = x.args[0]
+    return tape.linear(node.value, torch.reshape, tape.linear(x.value, nchw, x), shape) if _is_laid_out(x) else None
+
+
 def _is_laid_out(x: Node) -> bool:
     """Whether a convolution made this tensor's layout."""
     seen: set[int] = set()
@@ -126,7 +154,8 @@ def _is_laid_out(x: Node) -> bool:
         x = stack.pop()
         if x.op in (nhwc, aten.convolution.default) and wants_nhwc(x):
             return True
-        if x.op in KEEP_LAYOUT and x.index not in seen:
+        keeps = x.op is torch.reshape and x.args[0].value.shape[-3:] == x.value.shape[-3:]  # the parts of a block
+        if (keeps or x.op in KEEP_LAYOUT) and x.index not in seen:
             seen.add(x.index)
             stack.extend(filter(is_linear, x.args))
     return False
@@ -193,6 +222,7 @@ _LOWER: dict[Callable, Rule] = {
     aten.gather.default: _lower_gather,
     aten.threshold_backward.default: _lower_threshold,
     aten.convolution.default: _lower_convolution,
+    torch.reshape: _lower_reshape,
     aten.max_pool2d_with_indices_backward.default: _lower_max_pool_backward,
 }
 _LOGICAL = {  # functions of our own, and Python's, that read elements by index
@@ -204,6 +234,7 @@ _LOGICAL = {  # functions of our own, and Python's, that read elements by index
     torch.reshape,
     convolve_phases,
     fold,
+    nchw,
     nhwc,
     take_nhwc,
     unpool,
