@@ -16,6 +16,11 @@ aten = torch.ops.aten
 _MULTIPLE = 8  # of channels, which convolutions work on together
 
 
+def pair(x: Any, y: Any) -> tuple[Any, Any]:
+    """Two results of one program."""
+    return x, y
+
+
 def nhwc(x: Tensor) -> Tensor:
     """The same elements in that layout. One matrix at a time is transposed, for which PyTorch is fast."""
     if x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous():

@@ -16,6 +16,7 @@ from fisherop.model.engines.kernels import (
     fold,
     nchw,
     nhwc,
+    pair,
     phase_geometry,
     phases,
     places_nhwc,
@@ -47,7 +48,21 @@ _MANY = 256  # places in a block, for which turning the weights costs little
 
 def lower(tape: Tape, out: Node) -> Node:
     """An equal node whose operations are those that compute it fastest, at the shapes of this tape."""
-    return _guard(tape, rewrite(tape, rewrite(tape, out, CLEAN), _LOWER))
+    return _guard(tape, rewrite(tape, rewrite(tape, out, _CLEAN), _LOWER))
+
+
+def layout(out: Node) -> list[int] | None:
+    """(C, H, W) of a flat response that is computed in the layout NHWC; None of any other."""
+    x = out
+    while x.op in (torch.reshape, Tensor.contiguous) and (x is out or x.value.ndim != 4):
+        x = x.args[0]
+    is_one = x is not out and len(x.value) == 1 and x.value.ndim == 4 and x.value.numel() == out.value.numel()
+    return list(x.value.shape[1:]) if is_one and _is_laid_out(x) else None
+
+
+def _contiguous(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """Not where it would undo the layout; `_guard` makes what operations rely on."""
+    return args[0] if is_linear(args[0]) and _is_laid_out(args[0]) else None
 
 
 def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -141,8 +156,6 @@ def _lower_reshape(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Nod
         or whole > shape[-1]
     ):
         return None
-    while x.op is Tensor.contiguous and is_linear(x.args[0]):
-        x = x.args[0]
     return tape.linear(node.value, torch.reshape, tape.linear(x.value, nchw, x), shape) if _is_laid_out(x) else None
 
 
@@ -152,7 +165,7 @@ def _is_laid_out(x: Node) -> bool:
     stack = [x]
     while stack:
         x = stack.pop()
-        if x.op in (nhwc, aten.convolution.default) and wants_nhwc(x):
+        if wants_nhwc(x) and (x.op is nhwc or (x.op is aten.convolution.default and x.args[1].level == STATIC)):
             return True
         keeps = x.op is torch.reshape and x.args[0].value.shape[-3:] == x.value.shape[-3:]  # the parts of a block
         if (keeps or x.op in KEEP_LAYOUT) and x.index not in seen:
@@ -217,6 +230,7 @@ def _before_expansion(x: Node) -> Node:
     return x
 
 
+_CLEAN = CLEAN | {Tensor.contiguous: _contiguous}
 _LOWER: dict[Callable, Rule] = {
     aten.add.Tensor: _lower_add,
     aten.gather.default: _lower_gather,
@@ -227,6 +241,7 @@ _LOWER: dict[Callable, Rule] = {
 }
 _LOGICAL = {  # functions of our own, and Python's, that read elements by index
     operator.getitem,
+    pair,
     put,
     put_slices,
     take,
