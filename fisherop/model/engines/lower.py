@@ -65,6 +65,12 @@ def _contiguous(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node |
     return args[0] if is_linear(args[0]) and _is_laid_out(args[0]) else None
 
 
+def _mask(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
+    """Once is enough: what J v ends with, Jᵀ begins with."""
+    x = args[0]
+    return x if x.op is node.op and x.args[1:] == args[1:] else None
+
+
 def _lower_convolution(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
     x, weight, *_ = args
     if not wants_nhwc(node) or weight.level != STATIC:
@@ -230,7 +236,7 @@ def _before_expansion(x: Node) -> Node:
     return x
 
 
-_CLEAN = CLEAN | {Tensor.contiguous: _contiguous}
+_CLEAN = CLEAN | {Tensor.contiguous: _contiguous, aten.threshold_backward.default: _mask}
 _LOWER: dict[Callable, Rule] = {
     aten.add.Tensor: _lower_add,
     aten.gather.default: _lower_gather,

@@ -16,7 +16,7 @@ from fisherop.model.engines.lower import layout, lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.reuse import in_place
-from fisherop.model.engines.simplify import simplify
+from fisherop.model.engines.simplify import replaced, simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
 from fisherop.model.undisturbed import alone
@@ -164,7 +164,7 @@ class Program:
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")
-                program = self._recorded(direction, constants, trial)
+                program = self._made(direction, constants, trial)
             found = _parts(program(trial, *constants)[0])
             if direction == "normal":
                 images = self.product("jvp", constants, trial[-1:])
@@ -180,24 +180,19 @@ class Program:
             return None
         return program
 
-    def _recorded(self, direction: str, constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
-        def multiply(one: Tensor) -> tuple[Tensor, ...]:
-            if direction != "normal":
-                return self.plain[direction](one, *constants)
-            (image,) = self.plain["jvp"](one, *constants)
-            return self._laid_out(image), *self.plain["vjp"](image, *constants)
-
+    def _made(self, direction: str, constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
+        if len(trial) == 1:
+            one = self.single[direction]
+            return lambda block, *constants: (tuple(part[None] for part in _parts(one(block[0], *constants)[0])),)
         tape = Tape()
         inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
-        if len(trial) > 1:
-            parts = tape.record(lambda: torch.func.vmap(multiply)(trial))
-        else:
-            parts = tape.record(lambda: tuple(part[None] for part in multiply(trial[0])))
-        out = lower(tape, parts[0] if len(parts) == 1 else tape.linear(None, pair, *parts))
+        plain = self.plain[direction]
+        found = _parts(tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
+        out = lower(tape, found[0] if len(found) == 1 else tape.linear(None, pair, *found))
         return _running(needed([out], above=STATIC), inputs, out)
 
 
-def _parts(results: Any) -> tuple[Tensor, ...]:
+def _parts(results: Any) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -211,13 +206,14 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
     plain = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
-    single = {direction: lower(tape, out) for direction, out in plain.items()}
     order = layout(plain["jvp"])
+    plain["normal"] = _composed(tape, plain["jvp"], plain["vjp"], vectors["vjp"], order)
+    single = {direction: lower(tape, out) for direction, out in plain.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)
     parents = {p.index: p for node in nodes for p in node.parents}
     constants = [p for p in parents.values() if p.level == IMAGE]
     prepare = compile_nodes(needed([answer, *constants], above=STATIC), [x], [answer, *constants])
-    inputs = {direction: [node, *constants] for direction, node in vectors.items()}
+    inputs = {d: [vectors["vjp" if d == "vjp" else "jvp"], *constants] for d in plain}
     single = {d: _running(needed([out], above=IMAGE), inputs[d], out) for d, out in single.items()}
     plain = {d: compile_nodes(needed([out], above=IMAGE), inputs[d], [out]) for d, out in plain.items()}
     statics = [p.value for p in parents.values() if p.level == STATIC]
@@ -225,6 +221,21 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
     program = Program(prepare, single, plain, order, own, largest_bytes, tape.reads_image, tape.external)
     return program, [c.value for c in constants]
+
+
+def _composed(tape: Tape, jvp: Node, vjp: Node, u: Node, order: list[int] | None) -> Node:
+    """J v, in the order of `Program.layout`, and Jᵀ times J v."""
+    new = {u.index: jvp}
+    for node in needed([vjp], above=IMAGE):
+        if node is not u:
+            args, kwargs = replaced(node.args, new), replaced(node.kwargs, new)
+            new[node.index] = tape.linear(node.value, node.op, *args, **kwargs)
+    images = jvp
+    if order is not None:
+        images = tape.linear(jvp.value.reshape(order), torch.reshape, jvp, order)
+        images = tape.linear(images.value.permute(1, 2, 0), torch.ops.aten.permute.default, images, [1, 2, 0])
+        images = tape.linear(jvp.value, torch.reshape, images, list(jvp.value.shape))
+    return tape.linear(None, pair, images, new[vjp.index])
 
 
 def _running(nodes: list[Node], inputs: list[Node], out: Node) -> Callable[..., tuple]:
