@@ -2,7 +2,8 @@
 
 Every engine of fisherop, plain `torch.func`, and, where installed, plenoptic's and curvlinops' products, side by side
 in one process, float32. Prints a Markdown table and writes ``products.json``, also what building and the second image
-cost. ResNet18, VGG16, ViT-B/16 and ConvNeXt-tiny need torchvision; weights are random.
+cost, and how a vector in a block of 8 compares with a single one, in pairs. All models but On–Off need torchvision;
+weights are random.
 
     python benchmarks/products.py [--sizes 128 224] [--threads 1 2] [--models NAME ...] [--engines NAME ...]
                                   [--device cuda]
@@ -42,6 +43,8 @@ def models(size: int) -> dict[str, Callable[[], nn.Module]]:
 
         for layer in ("maxpool", "layer1", "layer2.0", "layer4"):
             found[f"ResNet18 {layer}"] = lambda layer=layer: LayerResponse(tv.resnet18(), layer)
+        found["wide_resnet50_2 layer1"] = lambda: LayerResponse(tv.wide_resnet50_2(), "layer1")
+        found["VGG13 features.14"] = lambda: LayerResponse(tv.vgg13(), "features.14")
         found["VGG16 features.11"] = lambda: LayerResponse(tv.vgg16(), "features.11")
         found["ViT-B/16"] = lambda: with_random_head(tv.vit_b_16(image_size=size), "heads.head")
         found["ConvNeXt-tiny"] = tv.convnext_tiny
@@ -242,16 +245,23 @@ def cost(row: dict, make: Callable, model: nn.Module, image: Tensor, other: Tens
             run()  # the first block of a size costs more
         row[f"flops_{k}"] = sum(map(count_flops, runs)) / k / forward_flops
         row[f"time_{k}"] = sum(ratio(run, forward) for run in runs) / k
-    del pair, runs, run
+    single, block = (functools.partial(product, pair, v[:k], u[:k]) for k in (1, 8))
+    row["block"] = ratio(block, single) / 8
+    del pair, runs, run, single, block
     row["peak_mib"] = peak(lambda: [f(b) for f, b in zip(make(image, model), (v[:1], u[:1]), strict=True)])
     return truth
+
+
+def product(pair: tuple, v: Tensor, u: Tensor) -> None:
+    pair[0](v)
+    pair[1](u)
 
 
 def line(row: dict) -> str:
     cells = [row["model"], f"{row['size']}²", row["threads"], row["engine"]]
     if "error" in row:
         return f"| {' | '.join(map(str, cells))} | {row['error']} |"
-    cells += [f"{row[key]:.2f}" for key in ("flops_1", "time_1", "flops_8", "time_8")]
+    cells += [f"{row[key]:.2f}" for key in ("flops_1", "time_1", "flops_8", "time_8", "block")]
     cells += [f"{row['build']:.0f}", f"{row['build_again']:.1f}", f"{row['build_again'] + 50 * row['time_1']:.0f}"]
     cells += [f"{row['peak_mib']:.0f}", f"{row['difference']:.0e}"]
     return f"| {' | '.join(map(str, cells))} |"
@@ -320,9 +330,7 @@ def main() -> None:
         "FLOPs and time per product and vector, in forward passes; of building, and of the next image of the same "
         "model, alone and with 50 products; the process's growth in MiB; J v against the first row's.\n"
     )
-    names = (
-        "model|image|threads|engine|FLOPs|time|FLOPs, k=8|time, k=8|build|next image|with 50 products|peak|difference"
-    )
+    names = "model|image|threads|engine|FLOPs|time|FLOPs, k=8|time, k=8|a vector of 8 / one|build|next image|with 50 products|peak|difference"
     print(f"| {names.replace('|', ' | ')} |")
     print("|---" * (names.count("|") + 1) + "|")
     rows = []

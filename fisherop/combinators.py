@@ -83,6 +83,10 @@ class Restricted(_Of):
     def vjp(self, rows: Tensor) -> Tensor:
         return self.space.vjp(self.J.vjp(rows))
 
+    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        r, products = self.J.normal(self.space.jvp(rows))
+        return r, self.space.vjp(products)
+
     def to_images(self, rows: Tensor) -> Tensor:
         return self.J.to_images(self.space.jvp(rows))
 

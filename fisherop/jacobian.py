@@ -117,6 +117,10 @@ class OfModel(Jacobian):
     def vjp(self, rows: Tensor) -> Tensor:
         return self.linearization.vjp(rows).reshape(-1, self.shape[1])
 
+    def normal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        r, products = self.linearization.normal(rows.reshape(-1, *self.linearization.image_shape))
+        return r, products.reshape(-1, self.shape[1])
+
     @property
     def n_products(self) -> float:
         """Those of the linearization so far."""

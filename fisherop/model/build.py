@@ -227,13 +227,23 @@ def in_chunks(
     shape: tuple[int, ...],
     chunk_size: int,
     done: Callable[[int], None] = lambda count: None,
+    owned: bool = False,
 ) -> Tensor:
-    """Products of a block, some at a time, without gradients or autocast; `done` hears how many they are each time."""
+    """Products of a block, some at a time, without gradients or autocast; `done` hears how many they are each time.
+
+    `owned` says that `multiply` gives tensors that nothing else holds, but for `block`: then they may be the result.
+    """
     device = block.device.type
     plain = contextlib.nullcontext()
     if torch.is_autocast_enabled(device):
         plain = torch.autocast(device, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), plain:
+        if owned and 0 < len(block) <= chunk_size:
+            out = multiply(block)
+            done(len(block))
+            memory = out.untyped_storage()
+            is_own = memory.data_ptr() != block.untyped_storage().data_ptr() and memory.nbytes() == out.nbytes
+            return out if is_own and out.is_contiguous() else out.clone(memory_format=torch.contiguous_format)
         out = block.new_empty(len(block), *shape)
         n = -(-len(block) // chunk_size)  # chunks of equal size, so that few programs are made
         for chunk, target in zip(block.chunk(n), out.chunk(n), strict=True) if n else ():

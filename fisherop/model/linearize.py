@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherop import checks
+from fisherop.jacobian import triangle
 from fisherop.model.build import build, in_chunks
 from fisherop.model.compat import clean_failure
 from fisherop.model.current import Current
@@ -171,6 +172,26 @@ class Linearization:
         checks.tensor("cotangents", cotangents, ("k", self.response_size), self.image)
         return self._run(self._engine.vjp, cotangents, self.image_shape, False, 0, 1)
 
+    def normal(self, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """R and JᵀJ times each of k changes of the image.
+
+        ``(k, *image_shape) -> (min(k, M), k), (k, *image_shape)``, where J times the changes, as columns, is Q R; R is
+        float64. What is recorded makes both by one program.
+        """
+        checks.tensor("tangents", tangents, ("k", *self.image_shape), self.image)
+        if not self._engine.is_recorded:
+            images = self.jvp(tangents)
+            return triangle(images), self.vjp(images)
+        parts = [self.response.new_empty(0, self.response_size)]
+
+        def multiply(block: Tensor) -> Tensor:
+            images, products = self._engine.normal(block)
+            parts.append(images)
+            return products
+
+        products = self._run(multiply, tangents, self.image_shape, False, 1, 1)
+        return triangle(parts[1] if len(parts) == 2 else torch.cat(parts)), products
+
     def _run(
         self,
         multiply: Callable[[Tensor], Tensor],
@@ -192,11 +213,11 @@ class Linearization:
                 self.n_jvp += jvp * count
                 self.n_vjp += vjp * count
             if self.on_product is not None:
-                self.on_product(count / 2)
+                self.on_product((jvp + vjp) * count / 2)
 
         def run(last: list[Callable] | None = None) -> Tensor:
             if not calls_model:
-                return in_chunks(multiply, block, shape, self.chunk_size, done)
+                return in_chunks(multiply, block, shape, self.chunk_size, done, owned=self._engine.is_recorded)
             if last is not None:
                 last.append(Guard(self.model).restore)
             with clean_failure():

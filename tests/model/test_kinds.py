@@ -85,6 +85,15 @@ def check_products(lin, name: str, dtype: torch.dtype) -> None:
     for one in range(3):
         close(lin.jvp(v[one : one + 1])[0].cpu(), jv[one].cpu())
         close(lin.vjp(u[one : one + 1])[0].cpu(), jtu[one].cpu())
+    given, received = (v.clone(), u.clone()), (jv.clone(), jtu.clone())
+    r, products = lin.normal(v)
+    close((r.T @ r).cpu(), (jv.double() @ jv.double().T).cpu())
+    close(products.flatten(1).cpu(), lin.vjp(jv).flatten(1).cpu())
+    r, product = lin.normal(v[2:])
+    close(r.abs().cpu(), jv[2:].double().norm(dim=1)[:, None].cpu())
+    close(product.flatten(1).cpu(), products[2:].flatten(1).cpu())
+    for now, before in zip((v, u, jv, jtu), given + received, strict=True):
+        assert torch.equal(now, before), "what was passed in or received has been overwritten"
     forward, reverse = ((a.double() * b.double()).flatten(1).sum(1) for a, b in ((jv, u), (jtu, v)))
     sizes = jv.double().norm(dim=1) * u.double().norm(dim=1)
     assert ((forward - reverse).abs() <= rtol(precision, 1e4) * sizes).all(), "⟨J v, u⟩ = ⟨v, Jᵀu⟩"

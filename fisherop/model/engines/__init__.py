@@ -6,7 +6,8 @@ without gradients being recorded. Where k = 1, nothing is vectorized. Beside the
 
 - ``name``;
 - ``is_recorded``: products are recorded operations, which any thread may run at any time, and whose blocks it tries
-  itself; else they are made by differentiating, which is done by one thread at a time;
+  itself; it has ``normal(tangents) -> ((k, M), (k, *image_shape))``, too: J v, its elements in some order, and JᵀJ v.
+  Else they are made by differentiating, which is done by one thread at a time;
 - ``calls_model``: a product J v runs the model;
 - ``program``: what other images can resume, or None;
 - ``chunk_size(bytes)``: how many products it should make together, where a call of the model computes so many bytes;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherop.model.engines.lower import take_nhwc, unpool
+from fisherop.model.engines.kernels import take_nhwc, unpool
 from fisherop.model.engines.nodes import IMAGE, Node, device_of
 from fisherop.model.engines.simplify import Rule, is_constant, is_linear, rewrite
 from fisherop.model.engines.tape import Tape
@@ -38,10 +38,10 @@ def _indexed(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | No
     x, dimension, places, *rest = args
     if not _depends_on_image(places) or places.value.dtype != torch.int64 or x.value.numel() >= _LARGEST:
         return None
-    return tape.linear(node.value, _by_places, node.op, x, dimension, tape.constant(Tensor.int, places), *rest)
+    return tape.linear(node.value, by_places, node.op, x, dimension, tape.constant(Tensor.int, places), *rest)
 
 
-def _by_places(op: Callable, x: Tensor, dimension: int, places: Tensor, *rest: Tensor) -> Tensor:
+def by_places(op: Callable, x: Tensor, dimension: int, places: Tensor, *rest: Tensor) -> Tensor:
     return op(x, dimension, places.long(), *rest)
 
 
@@ -65,10 +65,10 @@ def _max_pool_backward(tape: Tape, node: Node, args: tuple, alone: list[int]) ->
     if not is_linear(g) or not _depends_on_image(x) or not _depends_on_image(indices) or x.value.numel() >= _LARGEST:
         return None
     blank = tape.static(torch.zeros(1, dtype=x.value.dtype, device=device_of(x.value)).expand(x.value.shape))
-    return tape.linear(node.value, _pooled_backward, g, blank, *geometry, tape.constant(Tensor.int, indices))
+    return tape.linear(node.value, pooled_backward, g, blank, *geometry, tape.constant(Tensor.int, indices))
 
 
-def _pooled_backward(g: Tensor, x: Tensor, *args: Any) -> Tensor:
+def pooled_backward(g: Tensor, x: Tensor, *args: Any) -> Tensor:
     *geometry, indices = args
     return aten.max_pool2d_with_indices_backward.default(g, x, *geometry, indices.long())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,8 +62,17 @@ def early(nodes: Iterable[Node], recorded: int) -> list[Node]:
     return sorted(nodes, key=lambda node: (places[node.index], node.index))
 
 
-def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., tuple]:
-    """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up."""
+def compile_nodes(
+    nodes: Sequence[Node],
+    inputs: Sequence[Node],
+    outputs: Sequence[Node],
+    instead: Mapping[int, Callable] | None = None,
+) -> Callable[..., tuple]:
+    """Python source that computes `outputs` from `inputs` by the operations of `nodes`, and frees what is used up.
+
+    `instead` are the operations to use for some of the nodes, by index.
+    """
+    instead = instead or {}
     names = {node.index: f"i{n}" for n, node in enumerate(inputs)}
     space: dict[str, Any] = {}
     lines = []
@@ -86,7 +95,7 @@ def compile_nodes(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequen
     for n, node in enumerate(nodes):
         if node.index in names:
             continue
-        space[op := f"k{len(space)}"] = node.op
+        space[op := f"k{len(space)}"] = instead.get(node.index, node.op)
         names[node.index] = f"t{n}"
         arguments = [spell(a) for a in node.args] + [f"{key}={spell(a)}" for key, a in node.kwargs.items()]
         lines.append(f"t{n} = {op}({', '.join(arguments)})")

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fisherop.model.engines.kernels import nhwc
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, device_of, needed, replace
 from fisherop.model.engines.tape import Tape
 
@@ -285,10 +286,6 @@ def _scale(tape: Tape, weight: Node, c: Node, dimension: int, groups: int) -> No
 
 
 # ---- layout and lowering: what convolutions in 2-D on the CPU do fastest
-
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def wants_nhwc(node: Node) -> bool:

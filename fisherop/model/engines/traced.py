@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from fisherop.model.engines.compact import compact
-from fisherop.model.engines.lower import lower
+from fisherop.model.engines.kernels import pair
+from fisherop.model.engines.lower import layout, lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, device_of, early, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
-from fisherop.model.engines.simplify import simplify
+from fisherop.model.engines.reuse import in_place
+from fisherop.model.engines.simplify import replaced, simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
 from fisherop.model.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
-_MAX_BLOCKS = 8  # sizes and directions for which a program is kept
+_MAX_BLOCKS = 12  # sizes and directions for which a program is kept
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
 
@@ -81,6 +83,10 @@ class Traced:
     def vjp(self, cotangents: Tensor) -> Tensor:
         return self.program.product("vjp", self._constants, cotangents)
 
+    def normal(self, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """J v, its elements in an order of the program's own, and JᵀJ v."""
+        return self.program.normal(self._constants, tangents)
+
     @property
     def held_bytes(self) -> tuple[int, int]:
         """The memory of what depends on the image, and of what the images of one model share, without parameters."""
@@ -102,8 +108,9 @@ class Program:
     """What tracing leaves: of a model, for images of one shape and dtype.
 
     ``prepare(image)`` gives the response, flat, and the constants; ``single["jvp"](v, *constants)`` a tuple of J v, and
-    so does `plain`, by operations that can be vectorized. `reads` are the addresses of the tensors that the model read,
-    beside the image.
+    so does `plain`, by operations that can be vectorized. `layout` is the shape (C, H, W) of a response that is best
+    left in the order (H, W, C), or None. `reads` are the addresses of the tensors that the model read, beside the
+    image.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Program:
         prepare: Callable[..., tuple],
         single: dict[str, Callable[..., tuple]],
         plain: dict[str, Callable[..., tuple]],
+        layout: list[int] | None,
         statics: list[Tensor],
         largest_bytes: int,
         reads_image: bool,
@@ -119,6 +127,7 @@ class Program:
         self.prepare = prepare
         self.single = single
         self.plain = plain
+        self.layout = layout
         self.statics = statics
         self.largest_bytes = largest_bytes
         self.reads_image = reads_image
@@ -130,12 +139,32 @@ class Program:
         block = block.contiguous()  # as in the recording, where layouts decided which copies were made
         if len(block) == 1:
             return self.single[direction](block[0], *constants)[0][None]
-        program: Any = self._blocks.get((direction, len(block)), self)
-        if program is self:
-            program = alone(lambda _: self._keep_block(direction, constants, block), block.device)
+        program = self._of_size(direction, constants, block)
         if program is None:
             return torch.cat([self.product(direction, constants, one) for one in block.split(1)])
         return program(block, *constants)[0]
+
+    def normal(self, constants: list[Tensor], block: Tensor) -> tuple[Tensor, Tensor]:
+        """J v, in the order of `layout`, and JᵀJ v of a block, by one program: what J v ends with, Jᵀ doesn't undo."""
+        block = block.contiguous()
+        program = self._of_size("normal", constants, block)
+        if program is not None:
+            return program(block, *constants)[0]
+        if len(block) == 1:
+            images = self.product("jvp", constants, block)
+            return self._laid_out(images), self.product("vjp", constants, images)
+        images, products = zip(*(self.normal(constants, one) for one in block.split(1)), strict=True)
+        return torch.cat(images), torch.cat(products)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """Responses (…, M) in the order of `layout`."""
+        return images if self.layout is None else images.unflatten(-1, self.layout).movedim(-3, -1).flatten(-3)
+
+    def _of_size(self, direction: str, constants: list[Tensor], block: Tensor) -> Callable[..., tuple] | None:
+        program: Any = self._blocks.get((direction, len(block)), self)
+        if program is self:
+            program = alone(lambda _: self._keep_block(direction, constants, block), block.device)
+        return program
 
     def _keep_block(self, direction: str, constants: list[Tensor], block: Tensor) -> Callable[..., tuple] | None:
         key = direction, len(block)
@@ -155,22 +184,36 @@ class Program:
         try:
             with warnings.catch_warnings():  # what has no batching rule is recorded as a loop
                 warnings.filterwarnings("ignore", message=".*batching rule")
-                program = self._vectorized(self.plain[direction], constants, trial)
-            last, one = program(trial, *constants)[0][-1:], self.product(direction, constants, trial[-1:])
-            tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
-            if ((last - one).abs() > tolerance).any():
-                raise RuntimeError(f"{len(trial)} products at once differ from single ones")
+                program = self._made(direction, constants, trial)
+            found = _parts(program(trial, *constants)[0])
+            if direction == "normal":
+                images = self.product("jvp", constants, trial[-1:])
+                right = self._laid_out(images), self.product("vjp", constants, images)
+            else:
+                right = (self.product(direction, constants, trial[-1:]),)
+            for last, one in zip((part[-1:] for part in found), right, strict=True):
+                tolerance = torch.finfo(one.dtype).eps ** 0.5 * one.abs().max()
+                if ((last - one).abs() > tolerance).any():
+                    raise RuntimeError(f"{len(trial)} products at once differ from single ones")
         except RuntimeError as error:
             _LOG.info("products go through the model one at a time, since a block of them fails: %s", error)
             return None
         return program
 
-    @staticmethod
-    def _vectorized(plain: Callable[..., tuple], constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
+    def _made(self, direction: str, constants: list[Tensor], trial: Tensor) -> Callable[..., tuple]:
+        if len(trial) == 1:
+            one = self.single[direction]
+            return lambda block, *constants: (tuple(part[None] for part in _parts(one(block[0], *constants)[0])),)
         tape = Tape()
         inputs = [tape.input(trial, LINEAR), *(tape.input(c, IMAGE) for c in constants)]
-        out = lower(tape, tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
-        return compile_nodes(needed([out], above=STATIC), inputs, [out])
+        plain = self.plain[direction]
+        found = _parts(tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
+        out = lower(tape, found[0] if len(found) == 1 else tape.linear(None, pair, *found))
+        return _running(needed([out], above=STATIC), inputs, out)
+
+
+def _parts(results: Any) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> Program:
@@ -184,6 +227,8 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
     simple = {"jvp": simplify(tape, forward), "vjp": simplify(tape, backward)}
+    order = layout(simple["jvp"])
+    simple["normal"] = _composed(tape, simple["jvp"], simple["vjp"], vectors["vjp"], order)
     single = {direction: compact(tape, lower(tape, out)) for direction, out in simple.items()}
     plain = {direction: compact(tape, out) for direction, out in simple.items()}
     nodes = needed([*plain.values(), *single.values()], above=IMAGE)
@@ -191,14 +236,33 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     constants = [p for p in parents.values() if p.level == IMAGE]
     results = [answer, *constants]
     prepare = compile_nodes(early(needed(results, above=STATIC), recorded), [x], results)
-    single, plain = (
-        {d: compile_nodes(needed([out], above=IMAGE), [vectors[d], *constants], [out]) for d, out in outputs.items()}
-        for outputs in (single, plain)
-    )
+    inputs = {d: [vectors["vjp" if d == "vjp" else "jvp"], *constants] for d in plain}
+    single = {d: _running(needed([out], above=IMAGE), inputs[d], out) for d, out in single.items()}
+    plain = {d: compile_nodes(needed([out], above=IMAGE), inputs[d], [out]) for d, out in plain.items()}
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
     largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
-    return Program(prepare, single, plain, own, largest_bytes, tape.reads_image, tape.external)
+    return Program(prepare, single, plain, order, own, largest_bytes, tape.reads_image, tape.external)
+
+
+def _composed(tape: Tape, jvp: Node, vjp: Node, u: Node, order: list[int] | None) -> Node:
+    """J v, in the order of `Program.layout`, and Jᵀ times J v."""
+    new = {u.index: jvp}
+    for node in needed([vjp], above=IMAGE):
+        if node is not u:
+            args, kwargs = replaced(node.args, new), replaced(node.kwargs, new)
+            new[node.index] = tape.linear(node.value, node.op, *args, **kwargs)
+    images = jvp
+    if order is not None:
+        images = tape.linear(jvp.value.reshape(order), torch.reshape, jvp, order)
+        images = tape.linear(images.value.permute(1, 2, 0), torch.ops.aten.permute.default, images, [1, 2, 0])
+        images = tape.linear(jvp.value, torch.reshape, images, list(jvp.value.shape))
+    return tape.linear(None, pair, images, new[vjp.index])
+
+
+def _running(nodes: list[Node], inputs: list[Node], out: Node) -> Callable[..., tuple]:
+    """The program that runs as it is, so that it may work in place, which what is vectorized must not."""
+    return compile_nodes(nodes, inputs, [out], in_place(nodes, [out]))
 
 
 def _largest(node: Node) -> int:
