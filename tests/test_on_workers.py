@@ -17,6 +17,7 @@ from fisherop.jacobian import uncounted
 from fisherop.on_workers import answer
 
 pytest.importorskip("distributed", reason="dask.distributed is not installed")
+pytestmark = pytest.mark.slow  # clusters take seconds to start, and their processes as much to import PyTorch
 
 
 def pids(client):

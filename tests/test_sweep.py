@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -96,7 +97,10 @@ def pids(pool):
     return sorted(pool._processes)
 
 
-@pytest.mark.parametrize("where", [no_executor, threads, spawned, loky, dask])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("where", [no_executor, threads, slow(spawned), slow(loky), slow(dask)])
 def test_every_task_is_done_wherever_it_runs(where, tmp_path):
     several, models = images(3), [(build, "first"), build, (Net(3).eval(), "first")]
     own = [LayerResponse(build(), "first"), build(), LayerResponse(Net(3).eval(), "first")]
@@ -293,6 +297,7 @@ def test_the_models_in_this_process_stay_as_they_are():
     assert not model.first._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [spawned, loky])
 def test_a_pool_that_has_lost_a_worker_loses_no_record(where, tmp_path):
     """The pool is broken then: its records say so, and a sweep with a new one does what is missing."""
@@ -317,6 +322,7 @@ def test_a_pool_that_has_lost_a_worker_loses_no_record(where, tmp_path):
     assert before.items() <= stamps(tmp_path).items() and len(stamps(tmp_path)) == 8
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
     several, models = images(4), [(studies.slow, "first"), studies.slow]
     with dask() as pool:
@@ -334,6 +340,7 @@ def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
     assert len(table) == 8 == len({one.file for one in table}) == len(stamps(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_after_the_death_of_its_client_only_what_is_missing_is_done(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}

@@ -254,7 +254,7 @@ def test_programs_are_few():
         programs_made.append(lin._engine.program)
         for k in range(3, 15):
             lin.jvp(x.expand(k, *x.shape))
-        assert len(programs_made[-1]._blocks) <= 8
+        assert len(programs_made[-1]._blocks) <= 12
         assert len(programs._KEPT[model]) <= 4
     assert "by the program" in linearize(x, model).engine_report[-1]
     assert "by the program" not in linearize(torch.rand(1, 1, 5, 5, dtype=torch.float64), model).engine_report[-1]
