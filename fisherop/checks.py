@@ -105,6 +105,16 @@ def memory(name: str, value: Any) -> int:
     return int(number(name, value, "a number of bytes", lambda value: value >= 0))
 
 
+def dense_size(operator: Any, max_bytes: int) -> None:
+    """Raise ValueError where the dense matrix of an operator would take more."""
+    needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
+    if needed > memory("max_bytes", max_bytes):
+        raise ValueError(
+            f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
+            f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"
+        )
+
+
 def position(name: str, value: Any, count: int, things: str) -> int:
     """A place among `count` things, where −1 is the last, as in Python."""
     what = f"a position among the {count} {things}, from {-count} to {count - 1}"

@@ -134,7 +134,7 @@ class Stacked(_Of):
                     f"{first.shape[1]}, {first.dtype}, {first.device}"
                 )
         super().__init__(first, n_responses=sum(J.shape[0] for _, J in self.parts))
-        self.mismatch = max(J.mismatch for _, J in self.parts)
+        self.mismatch, self.is_stacked = max(J.mismatch for _, J in self.parts), True
 
     def jvp(self, rows: Tensor) -> Tensor:
         return torch.cat([weight**0.5 * J.jvp(rows) for weight, J in self.parts], dim=1)

@@ -32,6 +32,8 @@ class Jacobian(Protocol):
         How far products with J and with Jᵀ are from those of one matrix, relative to them, beyond rounding.
     chunk_size : int
         How many products are best made at a time.
+    is_stacked : bool
+        Whether J is of many parts, whose responses together are better never held: `normal` needs no more than one.
     """
 
     shape: tuple[int, int]
@@ -39,6 +41,7 @@ class Jacobian(Protocol):
     device: torch.device
     mismatch: float = 0.0
     chunk_size: int = 64
+    is_stacked: bool = False
 
     def jvp(self, rows: Tensor) -> Tensor:
         """J times each row: ``(k, N) -> (k, M)``."""
@@ -91,6 +94,7 @@ class _Of(Jacobian):
         m, n = J.shape
         self.shape = m if n_responses is None else n_responses, n if n_pixels is None else n_pixels
         self.dtype, self.device, self.mismatch, self.chunk_size = J.dtype, J.device, J.mismatch, J.chunk_size
+        self.is_stacked = J.is_stacked
 
     def to_images(self, rows: Tensor) -> Tensor:
         return self.J.to_images(rows)

@@ -42,6 +42,8 @@ class OnWorkers(Jacobian):
         An image.
     """
 
+    is_stacked = True
+
     def __init__(self, client: Any, shares: Sequence[bytes], timeout: float, like: Tensor) -> None:
         self.client, self.timeout = client, timeout
         self.image_shape = tuple(like.shape)

@@ -301,7 +301,7 @@ class JacobianOperator(_Operator):
         max_bytes = checks.memory("max_bytes", max_bytes)
         if self.dense is not None:
             return self.dense
-        _check_dense_size(self, max_bytes)
+        checks.dense_size(self, max_bytes)
         step, (m, n) = self.products.chunk_size, self.shape
         by_rows = m <= n
         dense = np.empty((m, n) if by_rows else (n, m), self.dtype)
@@ -339,8 +339,12 @@ class FisherOperator(_Operator):
         return self._jacobian
 
     def _forward(self, rows: Tensor) -> Tensor:
-        images = self._within_range(self.products.jvp(rows))
-        products = self.products.vjp(images)
+        if len(rows) == 1 or self.products.is_stacked:
+            r, products = self.products.normal(rows)
+            images = self._within_range(r).T  # of the norms of J v
+        else:
+            images = self._within_range(self.products.jvp(rows))
+            products = self.products.vjp(images)
         if bool((images.any(dim=1) & ~products.any(dim=1)).any()):  # vᵀF v = ‖J v‖² > 0
             raise FloatingPointError(
                 f"a product with {self!r} is below what {self.dtype} can hold, though J v isn't zero: scale the "
@@ -370,22 +374,13 @@ class FisherOperator(_Operator):
         OverflowError
             It exceeds what the dtype can hold.
         """
-        _check_dense_size(self, max_bytes)
+        checks.dense_size(self, max_bytes)
         jacobian = self.jacobian.to_dense(max_bytes)
         with np.errstate(over="ignore", invalid="ignore"):
             dense = jacobian.T @ jacobian
         if not np.isfinite(dense).all():
             raise OverflowError(f"{self!r} exceeds what {self.dtype} can hold: scale its J")
         return dense
-
-
-def _check_dense_size(operator: _Operator, max_bytes: int) -> None:
-    needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize
-    if needed > checks.memory("max_bytes", max_bytes):
-        raise ValueError(
-            f"the dense matrix of {operator!r} takes {needed / 2**30:.3g} GiB, over the limit of "
-            f"{max_bytes / 2**30:.3g} GiB: use products instead, or pass max_bytes={needed}"
-        )
 
 
 def counted(operator: Any) -> Any:
