@@ -105,6 +105,16 @@ def memory(name: str, value: Any) -> int:
     return int(number(name, value, "a number of bytes", lambda value: value >= 0))
 
 
+def machine_memory(device: torch.device | None = None) -> int:
+    """Bytes of memory that the machine, or a GPU, has."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return 16 * 2**30
+
+
 def dense_size(operator: Any, max_bytes: int) -> None:
     """Raise ValueError where the dense matrix of an operator would take more."""
     needed = operator.shape[0] * operator.shape[1] * operator.dtype.itemsize

@@ -30,8 +30,8 @@ class Eigendistortion(Distortions):
         Maps the image to its response, in evaluation mode; see `linearize` for what is accepted and what is refused.
     noise, subspace, metric : optional
         The noise of the response, the changes of the image that count, and their norm; see `JacobianOperator`.
-    engine, chunk_size
-        How products are made, and how many at a time; see `linearize`.
+    engine, chunk_size, memory
+        How products are made, how many at a time, and what that may take; see `linearize`.
 
     Attributes
     ----------
@@ -75,9 +75,10 @@ class Eigendistortion(Distortions):
         metric: Any = None,
         engine: str = "auto",
         chunk_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
         observed = {"noise": noise, "subspace": subspace, "metric": metric}
-        self._build(image, model, observed | {"engine": engine, "chunk_size": chunk_size})
+        self._build(image, model, observed | {"engine": engine, "chunk_size": chunk_size, "memory": memory})
 
     def synthesize(
         self,
@@ -278,7 +279,7 @@ class Eigendistortion(Distortions):
         device : torch.device or str, optional
             Where the image goes; by default where the model's parameters are.
         **options
-            As when the object was made: noise, subspace, metric, engine, chunk_size.
+            As when the object was made: noise, subspace, metric, engine, chunk_size, memory.
 
         Returns
         -------

@@ -46,8 +46,9 @@ class _Operator(ByRows):
         metric: Any = None,
         engine: str = "auto",
         chunk_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
-        lin = linearize(image, model, engine=engine, chunk_size=chunk_size)
+        lin = linearize(image, model, engine=engine, chunk_size=chunk_size, memory=memory)
         self._bind(observe(lin, noise, subspace, metric))
 
     @classmethod
@@ -260,8 +261,8 @@ class JacobianOperator(_Operator):
     metric : array_like or LinearOperator, optional
         The norm of a change, if it isn't the Euclidean one: √(Σ wᵢ xᵢ²) with a positive weight of each element, or of
         the last dimensions; or an operator R (N, N), W^(-1/2) of a metric W, with which ‖R z‖ counts as ‖z‖.
-    engine, chunk_size
-        How products are made, and how many at a time; see `linearize`.
+    engine, chunk_size, memory
+        How products are made, how many at a time, and what that may take; see `linearize`.
 
     Notes
     -----
@@ -323,7 +324,7 @@ class FisherOperator(_Operator):
 
     Parameters
     ----------
-    image, model, noise, subspace, metric, engine, chunk_size
+    image, model, noise, subspace, metric, engine, chunk_size, memory
         As in `JacobianOperator`.
     """
 

@@ -24,7 +24,12 @@ from fisherop.model.undisturbed import alone, keeping_settings
 
 
 def linearize(
-    image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+    image: Tensor,
+    model: Callable[[Tensor], Any],
+    *,
+    engine: str = "auto",
+    chunk_size: int | None = None,
+    memory: int | None = None,
 ) -> Linearization:
     """Differentiate `model` at `image`.
 
@@ -47,6 +52,9 @@ def linearize(
     chunk_size : int, optional
         How many products go through the model at a time, at most. By default 64, or as many as keep each tensor of a
         block below 32 MiB (``"traced"``), or all its intermediate results together below 1 GiB (the other engines).
+    memory : int, optional
+        Bytes that this may take, by default as many as the machine has. It is estimated, within a factor of two, by one
+        forward pass, before more is done; a program that an earlier image left takes less, and is not held to it.
 
     Returns
     -------
@@ -62,18 +70,18 @@ def linearize(
         `torch.view_as_real`.
     ValueError
         The image holds more than one image, NaN or infinity; the model is in training mode, on another device, not
-        deterministic, or not differentiable; or PyTorch's own derivatives are inconsistent, or not the slope of the
-        response.
+        deterministic, or not differentiable; PyTorch's own derivatives are inconsistent, or not the slope of the
+        response; or it would take more than `memory`, and the message estimates how much, and how long a product takes.
     RuntimeError
         No engine, or not the one named, could be built and passed these checks; the message quotes why.
     """
-    return Linearization(image, model, engine=engine, chunk_size=chunk_size)
+    return Linearization(image, model, engine=engine, chunk_size=chunk_size, memory=memory)
 
 
 class Linearization:
     """The Jacobian ``J`` (M × N) of a model at an image, on the torch side. Made by `linearize`.
 
-    It pickles as the image, the model, `engine` and `chunk_size` as they were given, and is linearized anew where it is
+    It pickles as the image, the model, and these options as they were given, and is linearized anew where it is
     unpickled, which costs what `linearize` costs; so does a copy by `copy.deepcopy`. Counts begin at zero there.
 
     Attributes
@@ -98,18 +106,25 @@ class Linearization:
     """
 
     def __init__(
-        self, image: Tensor, model: Callable[[Tensor], Any], *, engine: str = "auto", chunk_size: int | None = None
+        self,
+        image: Tensor,
+        model: Callable[[Tensor], Any],
+        *,
+        engine: str = "auto",
+        chunk_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
         check_image(image)
         checks.choice("engine", engine, ("auto", *ENGINES))
         chunk_size = checks.integer("chunk_size", chunk_size, optional=True)
         check_model(image, model)
         self.model = model
-        self.options = {"engine": engine, "chunk_size": chunk_size}
+        memory = None if memory is None else checks.memory("memory", memory)
+        self.options = {"engine": engine, "chunk_size": chunk_size, "memory": memory}
         self.on_product: Callable[[float], None] | None = None
         self.n_jvp = self.n_vjp = 0
         self._counting = threading.Lock()
-        self._respond = respond = Response(model)
+        self._respond = respond = Response(model, memory=memory)
         names = tuple(ENGINES) if engine == "auto" else (engine,)
         built = alone(lambda last: build(image, respond, names, chunk_size, last), image.device, self._draws)
         self.image, self.response, self.chunk_size = built.image, built.response, built.chunk_size

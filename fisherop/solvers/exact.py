@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
@@ -51,7 +49,7 @@ def exact(
     is_full = 2 * nulls > n - m
     rank = n if is_full else min(m, n) + nulls
     needed = m * n * (jacobian.dtype.itemsize + 2 * 8) + (2 * n * rank + 3 * min(rank, n) ** 2) * 8
-    allowed = _half_of_memory() if max_bytes is None else checks.memory("max_bytes", max_bytes)
+    allowed = checks.machine_memory() // 2 if max_bytes is None else checks.memory("max_bytes", max_bytes)
     if needed > allowed:
         raise ValueError(
             f"method='exact' would take about {needed / 2**30:.3g} GiB for a Jacobian of {m} × {n}, over the limit of "
@@ -80,10 +78,3 @@ def _beside(rows: NDArray, count: int, rng: np.random.Generator) -> NDArray:
         new -= (new @ rows.T) @ rows
         new = scipy.linalg.qr(new.T, mode="economic")[0].T
     return new
-
-
-def _half_of_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, OSError, ValueError):  # not a POSIX system
-        return 8 * 2**30

@@ -9,7 +9,7 @@ from helpers import DEVICES, DTYPES, assert_close, flat_small, small_image, smal
 from torch import nn
 
 import fisherop
-from fisherop import FisherOperator, linearize
+from fisherop import Eigendistortion, FisherOperator, linearize
 from fisherop.model.engines import ENGINES
 
 
@@ -488,3 +488,24 @@ def test_attention_that_is_compiled_is_not_compiled_here():
     counter = CompileCounter()
     linearize(torch.rand(1, 4, 8), torch.compile(nn.TransformerEncoderLayer(8, 2, 16).eval(), backend=counter))
     assert counter.frame_count == 0
+
+
+@pytest.mark.parametrize("make", [linearize, FisherOperator, Eigendistortion])
+def test_what_would_not_fit_is_known_before(make):
+    """By one forward pass, and no more."""
+    calls = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            return torch.exp(x) * 2
+
+    x = torch.rand(1, 1, 64, 64)
+    computed = 2 * x.nbytes  # of exp, and of its double
+    with pytest.raises(ValueError, match=r"would take about .* GiB, .* each product about .* s, .* or pass memory="):
+        make(x, Model(), memory=computed)
+    assert len(calls) == 1
+    made = make(x, Model(), memory=10 * computed)
+    assert getattr(getattr(made, "operator", made), "linearization", made).options["memory"] == 10 * computed
+    with pytest.raises(TypeError, match="memory must be a number of bytes"):
+        make(x, Model(), memory="1 GiB")
