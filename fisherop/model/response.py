@@ -181,7 +181,7 @@ def _check_memory(bytes_: int, seconds: float, memory: int | None, device: torch
     needed = 2 * bytes_
     if needed > limit:
         raise ValueError(
-            f"to linearize the model at this image would take about {needed / 2**30:.3g} GiB, twice what a forward pass "
+            f"to linearize the model at this image would take {needed / 2**30:.3g} GiB, twice what a forward pass "
             f"computes, and each product about {2 * seconds:.2g} s, twice what that takes; the limit is "
             f"{limit / 2**30:.3g} GiB: take a smaller image or an earlier layer, or pass memory={needed}, in bytes"
         )
