@@ -330,8 +330,10 @@ def main() -> None:
         "FLOPs and time per product and vector, in forward passes; of building, and of the next image of the same "
         "model, alone and with 50 products; the process's growth in MiB; J v against the first row's.\n"
     )
-    names = "model|image|threads|engine|FLOPs|time|FLOPs, k=8|time, k=8|a vector of 8 / one|build|next image|"
-    names += "with 50 products|peak|difference"
+    names = (
+        "model|image|threads|engine|FLOPs|time|FLOPs, k=8|time, k=8|a vector of 8 / one|build|next image|"
+        "with 50 products|peak|difference"
+    )
     print(f"| {names.replace('|', ' | ')} |")
     print("|---" * (names.count("|") + 1) + "|")
     rows = []

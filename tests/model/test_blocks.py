@@ -136,7 +136,9 @@ def test_transposed_convolutions(kernel, stride, padding, dilation, size, channe
     assert_close(products, images @ truth, torch.float32, factor=1e4)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (3, 1, 4, 5), (2, 5, 1, 1), (2, 70, 8, 9), (0, 3, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 4, 5), (3, 1, 4, 5), (2, 5, 1, 1), (2, 70, 8, 9), (0, 3, 2, 2), (2, 64, 64, 66)]
+)
 def test_layouts(shape):
     x = drawn(*shape)
     laid_out = nhwc(x)

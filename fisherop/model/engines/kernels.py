@@ -14,6 +14,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 _MULTIPLE = 8  # of channels, which convolutions work on together
+_MANY_CHANNELS = 16  # from which on PyTorch is faster at transposing a matrix than at changing the layout of an image
+_LARGE, _LARGE_BACK = 2**16, 2**18  # elements of an image, from which on it is so, on the way there and on the way back
 
 
 def pair(x: Any, y: Any) -> tuple[Any, Any]:
@@ -22,8 +24,9 @@ def pair(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """The same elements in that layout. One matrix at a time is transposed, for which PyTorch is fast."""
-    if x.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous():
+    """The same elements in that layout; by one transposition for each image, where that is faster."""
+    laid_out = x.is_contiguous(memory_format=torch.channels_last)
+    if laid_out or not x.is_contiguous() or not _pays(x.shape, _LARGE):
         return x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     for matrix, target in zip(x.flatten(2), out.permute(0, 2, 3, 1).flatten(1, 2), strict=True):
@@ -34,12 +37,17 @@ def nhwc(x: Tensor) -> Tensor:
 def nchw(x: Tensor) -> Tensor:
     """The same elements, contiguous: the way back, for (…, C, H, W)."""
     images = x.flatten(0, -4)
-    if x.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+    laid_out = images.is_contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous() or not laid_out or not _pays(images.shape, _LARGE_BACK):
         return x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for matrix, target in zip(images.permute(0, 2, 3, 1).flatten(1, 2), out.view(images.shape).flatten(2), strict=True):
         target.copy_(matrix.T)
     return out
+
+
+def _pays(shape: torch.Size, large: int) -> bool:
+    return shape[1] >= _MANY_CHANNELS and shape[1:].numel() >= large
 
 
 def places_nhwc(places: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fisherop.model.undisturbed import alone
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
-_MAX_BLOCKS = 12  # sizes and directions for which a program is kept
+_MAX_BLOCKS = 8  # sizes and directions for which a program is kept
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
 
