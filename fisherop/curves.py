@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -264,8 +265,10 @@ def sweep(result: SweepResult) -> Figure:
     Returns
     -------
     Figure
-        A column for each model and layer, on a log scale: a point for each image, and a bar at the median. Infinite
-        thresholds stand at the top, with how many there are.
+        A column for each model and layer, on a log scale: a point for each image, and a bar at the median. A hollow
+        point is a lower bound, of a pair that is null to tol, and a dashed bar the median of such: another tol gives
+        another one. Infinite thresholds stand at the top, with how many there are. The threshold is the norm of the
+        distortion, in the image's units.
 
     Raises
     ------
@@ -275,43 +278,52 @@ def sweep(result: SweepResult) -> Figure:
     checks.instance("result", result, SweepResult, "a SweepResult")
     columns: dict[str, list] = {}
     for one in result.done:
-        columns.setdefault(f"{one.model}\n{one.layer}".rstrip(), []).append(one)
+        columns.setdefault(one.name.replace(" ", "\n"), []).append(one)
     if not columns:
         raise ValueError("there is nothing to draw: no task of the sweep is done")
     figure = Figure(figsize=(max(4.0, 1.2 + 0.9 * len(columns)), 3.8), layout="constrained")
     ax = figure.subplots()
     finite = np.concatenate([one.thresholds[np.isfinite(one.thresholds)] for one in result] or [np.ones(1)])
     top = 3 * finite.max(initial=1e-300)
+    named: dict[str, Any] = {}  # a line of each kind
     for x, records in enumerate(columns.values()):
         for is_least, marker in ((False, "o"), (True, "v")):
-            found = [_end(one, is_least) for one in records]
-            heights = np.array([height for height in found if height is not None])
-            if not len(heights):
+            found = [end for end in (_end(one, is_least) for one in records) if end is not None]
+            if not found:
                 continue
+            heights, bounds = (np.array(column) for column in zip(*found, strict=True))
             place = x + (0.2 if is_least else -0.2)
             spread = 0.12 * (np.arange(len(heights)) / max(len(heights) - 1, 1) - 0.5)
             n_infinite = int(np.isinf(heights).sum())
             colour = f"C{int(is_least)}"
-            label = ("least" if is_least else "most") + " noticeable" if x == 0 else None
-            ax.plot(place + spread, np.minimum(heights, top), marker, color=colour, ms=4, alpha=0.6, mew=0, label=label)
-            ax.hlines(min(float(np.median(heights)), top), place - 0.14, place + 0.14, color=colour, lw=2)
+            label = ("least" if is_least else "most") + " noticeable"
+            for chosen, face, what in ((~bounds, colour, ""), (bounds, "none", ", at least")):
+                if chosen.any():
+                    shown = np.minimum(heights[chosen], top)
+                    told = label + what
+                    named.setdefault(
+                        told, ax.plot((place + spread)[chosen], shown, marker, color=colour, mfc=face, ms=4)[0]
+                    )
+            style = "--" if bounds.any() else "-"
+            ax.hlines(min(float(np.median(heights)), top), place - 0.14, place + 0.14, color=colour, lw=2, ls=style)
             if n_infinite:
                 text = f"∞: {n_infinite} of {len(heights)}"
                 ax.annotate(text, (place, top), (0, 6), textcoords="offset points", fontsize=8, ha="center")
     ax.set_yscale("log")
     ax.set_xlim(-0.6, len(columns) - 0.4)
     ax.set_xticks(range(len(columns)), list(columns), fontsize=8)
-    ax.set_ylabel("threshold, 1 / √λ")
+    ax.set_ylabel("threshold 1 / √λ, a norm")
     n_failed = len(result.failed)
     images = len({one.image for records in columns.values() for one in records})
-    ax.set_title(f"{images} images" + (f", {n_failed} tasks failed" if n_failed else ""), fontsize=10)
-    ax.legend(fontsize=8)
+    title = f"{images} image{'s' * (images > 1)}"
+    ax.set_title(title + (f", {n_failed} tasks failed" if n_failed else ""), fontsize=10)
+    figure.legend(list(named.values()), list(named), fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
-def _end(record: Record, is_least: bool) -> float | None:
-    """The threshold of an end of the spectrum, None where the sweep did not look for it."""
+def _end(record: Record, is_least: bool) -> tuple[float, bool] | None:
+    """The threshold of an end of the spectrum, and whether it is a bound; None where the sweep did not look for it."""
     place = -1 if is_least else 0
     index = int(record.eigenindex[place])
     is_there = index == record.n_pixels - 1 if is_least else index == 0
-    return float(record.thresholds[place]) if is_there else None
+    return (float(record.thresholds[place]), record.status[place] == Status.NULL) if is_there else None

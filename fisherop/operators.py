@@ -20,6 +20,7 @@ from fisherop.combinators import Restricted, Whitened
 from fisherop.from_operator import as_jacobian
 from fisherop.jacobian import Counted, Images, Jacobian, OfModel, Scaled, uncounted
 from fisherop.model.linearize import Linearization, linearize
+from fisherop.model.recipe import Recipe
 from fisherop.observed import at, how, observe
 from fisherop.on_workers import spread
 from fisherop.pooled import pool
@@ -104,7 +105,7 @@ class _Operator(ByRows):
         images : sequence of Tensor
             Of one shape.
         model : callable or nn.Module
-            As in `linearize`.
+            As in `linearize`, or a callable without arguments that builds one; a layer is a `LayerResponse`.
         weights : sequence of float, optional
             From 0; by default 1 / n each, so that F is the mean.
         memory : int
@@ -124,6 +125,7 @@ class _Operator(ByRows):
         made: Any = {"options": {"engine": engine, "chunk_size": chunk_size}, "observed": (noise, subspace, metric)}
         if client is not None:
             return cls._from(spread(images, model, weights, memory, client, timeout, **made))
+        model = Recipe(model, "given").model()
         return cls._from(pool(images, functools.partial(at, model=model, **made), weights, memory))
 
     @classmethod

@@ -157,6 +157,8 @@ def _named_models(models: Any) -> list[tuple[str, Recipe, str | None]]:
     """Names, what makes the models, and layers; one recipe for each model."""
     what = "a sequence of at least one model, of what builds one, or of (either, layer); or a mapping of names to them"
     values = list(models.values()) if isinstance(models, Mapping) else models
+    if callable(values):
+        checks.refuse(TypeError, "models", what, values, "use [model]")
     several = checks.several("models", values, object, what)
     names = [str(name) for name in models] if isinstance(models, Mapping) else [""] * len(several)
     recipes: dict[int, Recipe] = {}

@@ -216,11 +216,11 @@ def export(
     gamut: tuple[float, float] = (0.0, 1.0),
     window: ArrayLike | None = None,
     clip: bool = False,
+    replace: bool = False,
 ) -> pathlib.Path:
     """Write an image, and the image with distortions at several amplitudes, as files, with a table of them.
 
-    What an earlier table in the folder lists is removed first. Each file is whole at every moment, and the table,
-    ``stimuli.csv``, is written last: where there is none, the files are not complete.
+    Each file is whole at every moment, and the table, ``stimuli.csv``, is written last: without it they are incomplete.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def export(
         After `synthesize`, of a grey image ``(..., height, width)`` or a colour one ``(..., 3, height, width)``; of any
         shape for ``"npy"``.
     folder : str or path-like
-        It is made if there is none; files of the same names in it are replaced.
+        It is made if there is none.
     indices : int or sequence of int
         Positions among the distortions found; one that is named twice is written once.
     amplitudes, unit
@@ -245,6 +245,8 @@ def export(
         `actual` with `predicted`. By default values go to the nearest level.
     gamut, window, clip
         As in `series`. The gamut's ends become black and white.
+    replace : bool
+        Remove what an earlier table in the folder lists, in place of an error.
 
     Returns
     -------
@@ -257,6 +259,8 @@ def export(
     ------
     ValueError
         Some of it would leave the gamut, or an argument can't be used. Nothing is written then.
+    FileExistsError
+        The folder holds a table already.
     OSError
         The folder or a file can't be written.
     """
@@ -277,6 +281,8 @@ def export(
         raise ValueError("npy holds the tensor itself: leave out bits and dither")
     rng = None if dither is None else checks.generator(dither, "dither")
     path = pathlib.Path(os.fsdecode(checks.path("folder", folder)))
+    if not checks.flag("replace", replace) and os.path.lexists(path / _TABLE):
+        raise FileExistsError(f"{path} holds an earlier {_TABLE}: take another folder, or pass replace=True")
     places = [_place(ed, index) for index in checks.integers("indices", indices)]
     stimuli = [("image", Stimulus(ed.image, -1, float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0))]
     for place in dict.fromkeys(places):

@@ -22,8 +22,8 @@ from fisherop.solvers import SOLVERS
 from fisherop.spaces import Space
 from fisherop.tasks import Facts, Outcome
 
-COLUMNS = ("image", "model", "layer", "eigenindex", "eigenvalue", "residual", "status", "threshold", "products")
-COLUMNS += ("seconds", "file", "error")
+COLUMNS = ("image", "model", "layer", "eigenindex", "eigenvalue", "residual", "status", "threshold")
+COLUMNS += ("n_pixels", "products", "seconds", "file", "error")
 _SHOWN = 10  # failures
 
 
@@ -40,7 +40,8 @@ class Record:
     eigenindex, eigenvalues, residual_norms : ndarray, shape (K,)
         As of `EigenResult`; empty where the task failed.
     thresholds : ndarray, shape (K,)
-        1 / √λ, the amplitude at which d′ = 1; infinite where λ can't be told from zero.
+        1 / √λ, the amplitude at which d′ = 1, as F predicts it; infinite where λ can't be told from zero, and a lower
+        bound, which depends on tol, where the pair is ``"null to tol"``.
     status : tuple of str
         What each pair is.
     n_pixels : int
@@ -68,9 +69,13 @@ class Record:
     error: str
     traceback: str
 
+    @property
+    def name(self) -> str:
+        """Of the model and the layer."""
+        return self.model if self.layer in ("", self.model) else f"{self.model} {self.layer}"
+
     def __repr__(self) -> str:
-        name = f"image {self.image}, {self.model} {self.layer}".rstrip()
-        return f"<{name}: {self.error or f'{len(self.eigenvalues)} eigendistortions'}>"
+        return f"<image {self.image}, {self.name}: {self.error or f'{len(self.eigenvalues)} eigendistortions'}>"
 
 
 class SweepError(RuntimeError):
@@ -125,11 +130,19 @@ class SweepResult(Sequence[Record]):
         text = f"<SweepResult: {len(self.done)} of {len(self._plan.jobs)} tasks done"
         text += f", {left} not begun or not finished" if left else ""
         text += f", {len(self.failed)} failed" if self.failed else ""
-        text += "".join(f"\n  {one!r}" for one in self.failed[:_SHOWN])
-        return text + ("\n  ..." if len(self.failed) > _SHOWN else "") + ">"
+        alike: dict[str, list[Record]] = {}
+        for one in self.failed:
+            alike.setdefault(one.error, []).append(one)
+        for several in list(alike.values())[:_SHOWN]:
+            text += f"\n  {several[0]!r}" + (f" and {len(several) - 1} more" if len(several) > 1 else "")
+        return text + ("\n  ..." if len(alike) > _SHOWN else "") + ">"
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Write a row for each eigendistortion, and one for each task that failed.
+
+        Its columns are those of `Record`: image, model, layer, eigenindex, eigenvalue, residual (‖F v − λ v‖, not
+        relative), status, threshold (of the norm; a lower bound if the status is null to tol), n_pixels, products and
+        seconds of the task, file, error.
 
         Parameters
         ----------
@@ -148,7 +161,7 @@ class SweepResult(Sequence[Record]):
             rows = zip(one.eigenindex, one.eigenvalues, one.residual_norms, one.status, one.thresholds, strict=True)
             for row in list(rows) or [("",) * 5]:
                 names = (one.image, one.model, one.layer)
-                table.writerow((*names, *row, one.n_products, one.seconds, one.file, one.error))
+                table.writerow((*names, *row, one.n_pixels, one.n_products, one.seconds, one.file, one.error))
         with replacing(checks.path("path", path, new=True)) as file:
             file.write(text.getvalue().encode())
 
@@ -165,7 +178,7 @@ class SweepResult(Sequence[Record]):
         ValueError
             The task failed, the record is another sweep's, or its file is damaged or gone.
         """
-        checks.instance("record", record, Record, "a Record of this sweep")
+        checks.instance("record", record, Record, "a Record of this sweep", "take one, as table[0] is")
         names = (record.image, record.model, record.layer)
         if names not in self._fields:
             raise ValueError(f"record must be of this sweep, got {record!r}")
@@ -272,9 +285,13 @@ def sweep(
         "engine": engine,
         "chunk_size": chunk_size,
     }
-    taken = sorted({"checkpoint", "state", "on_failure", "progress"} & set(options))
-    if taken:
-        raise TypeError(f"sweep has no option {taken[0]!r}: tasks that are done are kept in its store")
+    cures = {"on_failure": "a task that doesn't converge is one that failed", "stop_criterion": "use tol"}
+    cures |= dict.fromkeys(("checkpoint", "checkpoint_seconds", "state"), "tasks that are done are kept in its store")
+    allowed = set(options) if callable(method) else SOLVERS["golub_kahan" if method == "auto" else method].options
+    for name in options:
+        if name in cures or name not in allowed:
+            cure = cures.get(name, f"options of {method!r} are {', '.join(sorted(allowed)) or 'none'}")
+            raise TypeError(f"sweep has no option {name!r}: {cure}")
     checks.choice("on_error", on_error, ("record", "raise"))
     threads = checks.integer("threads", threads, optional=True)
     progress = checks.flag("progress", progress)

@@ -72,7 +72,7 @@ class Outcome:
     @classmethod
     def of_error(cls, error: BaseException, *, is_here: bool = True) -> Outcome:
         trace = "".join(traceback.format_exception(error))
-        line = f"{type(error).__name__}: {error}"
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
         return cls(error=line, trace=trace, cause=error if is_here else None)
 
 

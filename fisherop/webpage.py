@@ -117,7 +117,7 @@ def _entries(source: Any, places: list[int] | None) -> Iterator[Entry]:
     what = "an Eigendistortion, or several, each alone or as (label, Eigendistortion), or a SweepResult"
     several: Any = [source] if isinstance(source, Distortions) else source
     if isinstance(source, SweepResult):
-        several = ((f"{one.image}: {one.model} {one.layer}".rstrip(), source.load(one)) for one in source.done)
+        several = ((f"{one.image}: {one.name}", source.load(one)) for one in source.done)
     if isinstance(several, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(several, Iterable):
         checks.refuse(TypeError, "source", what, source, "use its items()" if isinstance(source, Mapping) else "")
     seen: dict[str, int] = {}

@@ -181,12 +181,14 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path, monkeypatch):
     ed = synthesized()
     (tmp_path / "mine.png").write_bytes(b"mine")
     stimuli.export(ed, tmp_path, [0, -1], [0.1, 0.2])
-    path = stimuli.export(ed, tmp_path, [0, -2, 0], 0.05)
+    with pytest.raises(FileExistsError, match="take another folder, or pass replace=True"):
+        stimuli.export(ed, tmp_path, [0, -2, 0], 0.05)
+    path = stimuli.export(ed, tmp_path, [0, -2, 0], 0.05, replace=True)
     assert {row["file"] for row in table(path)} == {"image.png", "index0_000.png"}
     assert {p.name for p in tmp_path.iterdir()} == {"image.png", "index0_000.png", "stimuli.csv", "mine.png"}
     monkeypatch.setattr(stimuli, "_picture", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        stimuli.export(ed, tmp_path, dither=0)
+        stimuli.export(ed, tmp_path, dither=0, replace=True)
     assert {p.name for p in tmp_path.iterdir()} == {"mine.png"}  # no table of files that aren't there
 
 

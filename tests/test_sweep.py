@@ -24,7 +24,7 @@ from helpers import assert_truthful
 from studies import Net, build, images
 
 import fisherop
-from fisherop import Eigendistortion, LayerResponse, SweepError, noise, spaces, sweep
+from fisherop import Eigendistortion, LayerResponse, SweepError, noise, plot, spaces, sweep
 
 HERE = pathlib.Path(__file__).parent
 
@@ -394,7 +394,7 @@ def test_pools_of_what_can_not_be_sent():
         ((torch.zeros(2, 1, 4, 4), [build]), TypeError, r"images must be .*: use images.split\(1\)"),
         (([], [build]), ValueError, "images must be a sequence of at least one image"),
         (([1.0], [build]), TypeError, "what images holds must be of type Tensor"),
-        ((images(1), build), TypeError, "models must be a sequence of at least one model"),
+        ((images(1), build), TypeError, r"models must be a sequence of at least one model.*: use \[model\]"),
         ((images(1), []), ValueError, "models must be a sequence of at least one model"),
         ((images(1), ["resnet18"]), TypeError, r"models\[0\] must be a sequence of at least"),
         ((images(1), {"a": (build, 3)}), TypeError, "the layer of models\\['a'\\] must be the name of a submodule"),
@@ -419,7 +419,8 @@ def test_bad_images_and_models(arguments, error, message):
         ({"on_error": "ignore"}, ValueError, "on_error must be one of"),
         ({"threads": 0}, ValueError, "threads must be"),
         ({"checkpoint": "file"}, TypeError, "sweep has no option 'checkpoint'"),
-        ({"on_failure": "warn"}, TypeError, "sweep has no option 'on_failure'"),
+        ({"on_failure": "warn"}, TypeError, "sweep has no option 'on_failure': a task that doesn't converge"),
+        ({"tolx": 3}, TypeError, "sweep has no option 'tolx': options of 'auto' are basis_memory"),
         ({"store": 3}, TypeError, "store must be"),
     ],
 )
@@ -439,3 +440,29 @@ def test_images_have_names_and_models_of_one_name_are_told_apart():
     assert isinstance(table.load(table[-1]), Eigendistortion)
     with pytest.raises(ValueError, match="record must be of this sweep"):
         table.load(run(images(1), {"other": build})[0])
+
+
+def test_a_figure_and_a_page_of_a_sweep(tmp_path):
+    several = images(4)
+    several[3] = torch.full_like(several[3], -1)
+    table = run(several, {"net": build, "first": (build, "first"), "two": lambda x: 3 * x.flatten()[:2]})
+    figure = plot.sweep(table)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["net", "first", "two"]
+    drawn = [line.get_ydata() for line in ax.get_lines()]
+    done = {name: [one for one in table.done if one.model == name] for name in ("net", "first", "two")}
+    wanted = [[one.thresholds[end] for one in done[name]] for name in done for end in (0, -1)]
+    hollow = [line.get_markerfacecolor() == "none" for line in ax.get_lines()]
+    assert hollow == [one[0].status[end] == "null to tol" for one in done.values() for end in (0, -1)]
+    assert len(drawn) == len(wanted)
+    for heights, thresholds in zip(drawn, wanted, strict=True):
+        finite = np.isfinite(thresholds)
+        np.testing.assert_allclose(heights[finite], np.array(thresholds)[finite])
+    assert [text.get_text() for text in ax.texts] == [f"∞: {len(done['two'])} of {len(done['two'])}"]
+    assert f"{len(table.failed)} tasks failed" in ax.get_title()
+    top = plot.sweep(run(images(2), [build], which="largest"))
+    assert len(top.axes[0].get_lines()) == 1
+    with pytest.raises(ValueError, match="no task of the sweep is done"):
+        plot.sweep(run(several[3:], [build]))
+    text = plot.page(run(images(2), {"a & b": build}), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "0: a &amp; b" in text and "1: a &amp; b" in text
