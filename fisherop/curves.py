@@ -276,15 +276,15 @@ def sweep(result: SweepResult) -> Figure:
         No task is done.
     """
     checks.instance("result", result, SweepResult, "a SweepResult")
-    columns: dict[str, list] = {}
+    columns: dict[tuple[str, str], list[Record]] = {}
     for one in result.done:
-        columns.setdefault(one.name.replace(" ", "\n"), []).append(one)
+        columns.setdefault((one.model, one.layer), []).append(one)
     if not columns:
         raise ValueError("there is nothing to draw: no task of the sweep is done")
     figure = Figure(figsize=(max(4.0, 1.2 + 0.9 * len(columns)), 3.8), layout="constrained")
     ax = figure.subplots()
     finite = np.concatenate([one.thresholds[np.isfinite(one.thresholds)] for one in result] or [np.ones(1)])
-    top = 3 * finite.max(initial=1e-300)
+    top = 3 * finite.max(initial=0.0) or 1.0
     named: dict[str, Any] = {}  # a line of each kind
     for x, records in enumerate(columns.values()):
         for is_least, marker in ((False, "o"), (True, "v")):
@@ -311,7 +311,7 @@ def sweep(result: SweepResult) -> Figure:
                 ax.annotate(text, (place, top), (0, 6), textcoords="offset points", fontsize=8, ha="center")
     ax.set_yscale("log")
     ax.set_xlim(-0.6, len(columns) - 0.4)
-    ax.set_xticks(range(len(columns)), list(columns), fontsize=8)
+    ax.set_xticks(range(len(columns)), [several[0].name.replace(" ", "\n") for several in columns.values()], fontsize=8)
     ax.set_ylabel("threshold 1 / √λ, a norm")
     n_failed = len(result.failed)
     images = len({one.image for records in columns.values() for one in records})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop import checks
 from fisherop.jacobian import Jacobian, triangle
-from fisherop.model.recipe import Recipe, device_in_worker, here, packed, threads_in_worker, unpacked
+from fisherop.model.recipe import Recipe, as_array, device_in_worker, here, packed, threads_in_worker, unpacked
 from fisherop.observed import at
 from fisherop.pooled import Pooled, checked, pool
 
@@ -119,6 +119,8 @@ class OnWorkers(Jacobian):
         """Addresses and threads of those that live: at least one, or an error in time."""
         until = time.monotonic() + self.timeout
         while True:
+            if self.client.status != "running":
+                raise RuntimeError(f"{self.client} is closed: make a new operator with one that is not")
             workers = self.client.nthreads()
             if workers:
                 return dict(workers)
@@ -169,7 +171,7 @@ def spread(
     device = images[0].device.type
     shares = []
     for places in np.array_split(np.arange(len(images)), n_shares):
-        arrays = np.stack([images[i].detach().cpu().numpy() for i in places])
+        arrays = np.stack([as_array(images[i]) for i in places])
         share = arrays, recipe, [weights[i] for i in places], memory, device, options, observed
         cure = "define what it holds at the top level of a module that the workers can import"
         shares.append(packed(share, "noise, subspace or metric", cure))

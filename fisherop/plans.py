@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import time
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherop import checks
 from fisherop.files import write
 from fisherop.model.identity import identity
 from fisherop.model.recipe import Recipe, here, packed
-from fisherop.tasks import MODEL, Outcome, Task, kept, open_store, run
+from fisherop.tasks import MODEL, Outcome, Task, kept, open_store, run, unlike
 
 _FORMAT = 1  # of what a file's name stands for
 _AHEAD = 2**30  # bytes of tasks that are sent before they run
@@ -48,8 +49,9 @@ class Plan:
         self.jobs = [Job(image, tensor, *entry) for image, tensor in named.items() for entry in self.entries]
         self.files: list[str] = [""] * len(self.jobs)
         self.folder, self.mark, self.device = None, "", device
+        self.weights: dict[int, str] = {}  # by recipe
         self.sent: Any = settings
-        size = max(tensor.nbytes for tensor in named.values())
+        size = max(tensor.numel() * tensor.element_size() for tensor in named.values())
         if self.is_remote:
             cure = "define what it holds at the top level of a module that the workers can import"
             self.sent = packed(settings, "an argument of the sweep", cure)
@@ -61,14 +63,15 @@ class Plan:
         self.folder = pathlib.Path(os.path.abspath(os.fsdecode(folder)))
         self.mark = open_store(self.folder)
         constant = identity({name: x for name, x in self.settings.items() if name != "maxiter"}, _FORMAT)
-        of_models: dict[int, str] = {}
+        of_models: dict[int, Any] = {}
         of_images: dict[int | str, str] = {}
         found = {}
         for i, job in enumerate(self.jobs):
             if id(job.recipe) not in of_models:
-                of_models[id(job.recipe)] = identity(job.recipe.model())
-                if self.is_remote:
-                    job.recipe.forget()
+                of_models[id(job.recipe)] = self._identified(job.recipe)
+            if isinstance(of_models[id(job.recipe)], Outcome):
+                found[i] = of_models[id(job.recipe)]
+                continue
             if job.image not in of_images:
                 of_images[job.image] = identity(job.tensor)
             parts = (constant, of_models[id(job.recipe)], of_images[job.image], job.layer)
@@ -77,6 +80,17 @@ class Plan:
             if facts is not None:
                 found[i] = Outcome(facts)
         return found
+
+    def _identified(self, recipe: Recipe) -> str | Outcome:
+        """What a model is, or why it can't be told, as what comes of its tasks."""
+        try:
+            self.weights[id(recipe)] = recipe.weights()
+            return identity(recipe.model())
+        except (Exception, SystemExit) as error:
+            return Outcome.of_error(error)
+        finally:
+            if self.is_remote:
+                recipe.forget()
 
     def order(self, todo: set[int]) -> list[int]:
         """By models, so that workers build few; else at random, so that two sweeps in a folder rarely do the same."""
@@ -89,12 +103,14 @@ class Plan:
         device = self.device
         if device is None and job.tensor.device.type != "cpu":
             device = job.tensor.device.type if self.is_remote else str(job.tensor.device)
-        return Task(
-            job.tensor, job.recipe, job.layer, self.sent, device, self.threads, self.files[i], self.mark, here()
-        )
+        where = self.files[i], self.mark, here(), self.weights.get(id(job.recipe), "")
+        return Task(job.tensor, job.recipe, job.layer, self.sent, device, self.threads, *where)
 
     def keep(self, i: int, outcome: Outcome) -> Outcome:
-        """Write what a worker could not."""
+        """Write what a worker could not; refuse what comes of a model with other weights than before."""
+        recipe = self.jobs[i].recipe
+        if outcome.weights and self.weights.setdefault(id(recipe), outcome.weights) != outcome.weights:
+            return Outcome.of_error(RuntimeError(unlike(recipe.name)))
         if outcome.fields is None or not self.files[i]:
             return outcome
         write(self.files[i], outcome.fields)
@@ -134,7 +150,7 @@ def outcomes_of(executor: Any, plan: Plan, todo: list[int]) -> Iterator[tuple[in
             for future in done:
                 try:
                     outcome = future.result()
-                except Exception as error:  # of a worker that was lost
+                except (Exception, SystemExit) as error:  # of a worker that was lost
                     outcome = Outcome.of_error(error)
                 yield pending.pop(future), outcome
             if pending and not done:
@@ -150,7 +166,10 @@ def _named_images(images: Any) -> dict[int | str, Tensor]:
         checks.refuse(TypeError, "images", what, images, "use images.split(1)")
     names = list(images) if isinstance(images, Mapping) else None
     several = checks.several("images", list(images.values()) if isinstance(images, Mapping) else images, Tensor, what)
-    return dict(zip(range(len(several)) if names is None else map(str, names), several, strict=True))
+    found = dict(zip(range(len(several)) if names is None else map(str, names), several, strict=True))
+    if len(found) < len(several):
+        raise ValueError(f"the names of images must differ as texts, got {names}")
+    return found
 
 
 def _named_models(models: Any) -> list[tuple[str, Recipe, str | None]]:
@@ -168,7 +187,9 @@ def _named_models(models: Any) -> list[tuple[str, Recipe, str | None]]:
         where = f"models[{name or place!r}]"
         checks.function(where, given, what)
         if layer is not None:
-            checks.instance(f"the layer of {where}", layer, str, "the name of a submodule, a str")
+            layer_is = f"the layer of {where}"
+            if not checks.instance(layer_is, layer, str, "the name of a submodule, a str"):
+                checks.refuse(ValueError, layer_is, "the name of a submodule, and not empty", layer)
         if id(given) not in recipes:
             label = name or _unlike(_name_of(given), [one.name for one in recipes.values()])
             recipes[id(given)] = Recipe(given, label)
@@ -182,9 +203,10 @@ def _named_models(models: Any) -> list[tuple[str, Recipe, str | None]]:
 
 
 def _name_of(given: Any) -> str:
-    while hasattr(given, "func"):  # of a partial function
+    while isinstance(given, functools.partial):
         given = given.func
-    return given.__name__ if hasattr(given, "__name__") else type(given).__name__
+    name = getattr(given, "__name__", None)
+    return name if isinstance(name, str) and not isinstance(given, nn.Module) else type(given).__name__
 
 
 def _unlike(name: str, others: list[str]) -> str:

@@ -163,7 +163,7 @@ class SweepResult(Sequence[Record]):
                 names = (one.image, one.model, one.layer)
                 table.writerow((*names, *row, one.n_pixels, one.n_products, one.seconds, one.file, one.error))
         with replacing(checks.path("path", path, new=True)) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="backslashreplace"))
 
     def load(self, record: Record) -> Eigendistortion:
         """The eigendistortions of a record, with its image and its model, which is built here.
@@ -307,15 +307,16 @@ def sweep(
                 bar.update(len(outcomes))
                 bar.unpause()
             todo = plan.order(set(range(len(plan.jobs))) - set(outcomes))
-            n_failed = 0
+            n_failed = sum(bool(outcome.error) for outcome in outcomes.values())
+            if n_failed and on_error == "raise":
+                _raise(SweepResult(plan, outcomes), next(o for o in outcomes.values() if o.error))
             for i, outcome in outcomes_of(Here() if executor is None else executor, plan, todo):
                 outcomes[i] = plan.keep(i, outcome)
-                if outcome.error:
+                if outcomes[i].error:
                     n_failed += 1
                     bar.set_postfix_str(f"{n_failed} failed", refresh=False)
                     if on_error == "raise":
-                        result = SweepResult(plan, outcomes)
-                        raise SweepError(f"{result.failed[0]!r}\n{outcome.trace}", result) from outcome.cause
+                        _raise(SweepResult(plan, outcomes), outcomes[i])
                 bar.update()
         except KeyboardInterrupt as interrupt:
             interrupt.result = SweepResult(plan, outcomes)  # pyright: ignore[reportAttributeAccessIssue]
@@ -323,3 +324,7 @@ def sweep(
         finally:
             plan.forget()
     return SweepResult(plan, outcomes)
+
+
+def _raise(result: SweepResult, outcome: Outcome) -> None:
+    raise SweepError(f"{result.failed[0]!r}\n{outcome.trace}", result) from outcome.cause

@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherop.atomic import replacing
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.files import read, result_from, write
-from fisherop.model.recipe import Recipe, device_in_worker, here, threads_in_worker, unpacked
+from fisherop.model.recipe import Recipe, as_array, device_in_worker, here, threads_in_worker, unpacked
 from fisherop.thresholds import amplitudes_at_threshold
 
 _MARK = ".fisherop-store"  # a file whose text tells whether two processes see the same folder
@@ -55,6 +55,8 @@ class Outcome:
     Attributes
     ----------
     facts : Facts or None
+    weights : str
+        The identity of the weights that the model had where the task ran.
     fields : mapping or None
         Of the file, where it is still to be written, or kept.
     error, trace : str
@@ -65,6 +67,7 @@ class Outcome:
 
     facts: Facts | None = None
     fields: dict[str, Any] | None = None
+    weights: str = ""
     error: str = ""
     trace: str = ""
     cause: BaseException | None = field(default=None, repr=False)
@@ -97,6 +100,8 @@ class Task:
         Of the folder, which a worker on another machine may not see.
     home : (int, str)
         The process that made it.
+    weights : str
+        The identity of the model's weights, if its file's name stands for them.
     """
 
     image: Any
@@ -108,12 +113,12 @@ class Task:
     file: str
     mark: str
     home: tuple[int, str]
+    weights: str = ""
 
     def __reduce__(self) -> tuple:
-        image = self.image
-        if isinstance(image, Tensor):  # which PyTorch would move to shared memory
-            image = image.detach().cpu().numpy()
+        image = self.image if isinstance(self.image, np.ndarray) else as_array(self.image)
         rest = (self.recipe, self.layer, self.settings, self.device, self.threads, self.file, self.mark, self.home)
+        rest += (self.weights,)
         return type(self), (image, *rest)
 
 
@@ -129,13 +134,17 @@ def run(task: Task) -> Outcome:
             device = None if task.device is None else device_in_worker(task.device)
             image = task.image if isinstance(task.image, Tensor) else torch.from_numpy(task.image.copy())
             image = image if device is None else image.to(device)
-            ed, seconds = _found(task, image, task.recipe.model(task.layer, device))
+            model = task.recipe.model(task.layer, device)
+            weights = task.recipe.weights()
+            if task.weights and weights != task.weights:
+                raise RuntimeError(unlike(task.recipe.name))
+            ed, seconds = _found(task, image, model)
             fields = ed._fields() | {"seconds": seconds}
             if is_seen:
                 write(task.file, fields)
             assert ed.result is not None
-            return Outcome(facts_of(fields), None if is_seen else fields)
-    except Exception as error:
+            return Outcome(facts_of(fields), None if is_seen else fields, weights)
+    except (Exception, SystemExit) as error:
         return Outcome.of_error(error, is_here=is_here)
 
 
@@ -165,13 +174,18 @@ def facts_of(fields: dict[str, Any]) -> Facts:
     )
 
 
+def unlike(name: str) -> str:
+    """What is wrong with a builder that gave a model of other weights than before."""
+    return f"what builds the model {name} gives other weights at each call: let it set a seed, or load them from a file"
+
+
 def kept(file: str, image: ArrayLike | Tensor) -> Facts | None:
     """What a file tells, None where there is none, or it is damaged, or of another image."""
     try:
         fields = read(file)
     except (FileNotFoundError, ValueError):
         return None
-    own = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    own = as_array(image) if isinstance(image, Tensor) else np.asarray(image)
     stored = fields["image"]
     is_same = stored.shape == own.shape and stored.dtype == own.dtype and np.array_equal(stored, own)
     return facts_of(fields) if is_same else None

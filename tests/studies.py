@@ -28,6 +28,10 @@ def build():
     return Net().eval()
 
 
+def unseeded():
+    return torch.nn.Conv2d(1, 2, 3).eval()
+
+
 def images(count, size=8):
     return [torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from fisherop.model.identity import identity
 from fisherop.model.layers import LayerResponse
 
 _KEPT = 4  # models in a worker's process
@@ -100,6 +102,15 @@ class Recipe:
             )
         return model
 
+    def weights(self) -> str:
+        """The identity of the tensors that a module holds; of another callable, of nothing."""
+        with _lock:
+            if "weights" not in self._models:
+                model = self.model()
+                held = (*model.named_parameters(), *model.named_buffers()) if isinstance(model, nn.Module) else ()
+                self._models["weights"] = identity(*((name, tensor.detach()) for name, tensor in held))
+            return self._models["weights"]
+
     def forget(self) -> None:
         """Drop what was built."""
         with _lock:
@@ -121,6 +132,11 @@ class Recipe:
     def __reduce__(self) -> tuple:
         self.pack()
         return _receive, (self._data, self.name)
+
+
+def as_array(image: torch.Tensor) -> NDArray:
+    """A copy, or a view, for NumPy."""
+    return image.detach().resolve_conj().resolve_neg().cpu().numpy()
 
 
 def is_builder(given: Any) -> bool:
