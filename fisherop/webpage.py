@@ -155,7 +155,7 @@ def _section(entry: Entry, vrange: tuple[float, float] | None) -> str:
         "high": high,
         "single": image.dtype == torch.float32,
         # of a sum in the image's precision, as `stimuli.series` allows for it
-        "margin": 4 * torch.finfo(image.dtype).eps * max(abs(low), abs(high), 1.0),
+        "margin": 4 * torch.finfo(image.dtype).eps * max(abs(low), abs(high)),
         "distortions": [
             {
                 "eigenindex": int(result.eigenindex[i]),
