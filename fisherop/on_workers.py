@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import secrets
 import threading
 import time
@@ -99,12 +100,10 @@ class OnWorkers(Jacobian):
         return [found[i] for i in range(len(given))]
 
     def _submit(self, i: int, name: str, arguments: tuple, *, with_share: bool) -> Any:
-        import dask.config
-
         share = self._shares[i] if with_share else None
         where = {"workers": [self._place(i)], "allow_other_workers": True, "pure": False}
         # Dask would say of large arguments that they should be scattered, and what is scattered dies with a worker
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+        with _dask("dask.config").set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
             return self.client.submit(answer, (self._key, i), share, self._home, name, arguments, **where)
 
     def _place(self, i: int) -> str:
@@ -133,11 +132,10 @@ class OnWorkers(Jacobian):
 
     def _done(self, futures: list[Any]) -> list[Any]:
         """Those that have ended, at least one."""
-        import distributed
-
+        distributed = _dask("distributed")
         while True:
             try:
-                states: Any = distributed.wait(futures, timeout=2.0, return_when="FIRST_COMPLETED")
+                states = distributed.wait(futures, timeout=2.0, return_when="FIRST_COMPLETED")
                 return list(states.done)
             except distributed.TimeoutError:
                 self._workers()
@@ -154,11 +152,7 @@ def spread(
     observed: tuple[Any, Any, Any],
 ) -> OnWorkers:
     """The Jacobians of a model at images, on the workers of a Dask cluster, one share for each of their threads."""
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise ImportError("client= is for a Dask cluster: pip install 'fisherop[dask]'") from error
-    checks.instance("client", client, Client, "a dask.distributed.Client")
+    checks.instance("client", client, _dask("distributed").Client, "a dask.distributed.Client")
     if client.asynchronous:
         raise ValueError("client must be a synchronous one: Client(address, asynchronous=False)")
     timeout = checks.number("timeout", timeout, "seconds, a number above 0", lambda timeout: timeout > 0)
@@ -176,6 +170,14 @@ def spread(
         cure = "define what it holds at the top level of a module that the workers can import"
         shares.append(packed(share, "noise, subspace or metric", cure))
     return OnWorkers(client, shares, timeout, images[0])
+
+
+def _dask(name: str) -> Any:
+    """A module of an extra; types are checked without it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError("client= is for a Dask cluster: pip install 'fisherop[dask]'") from error
 
 
 def answer(

@@ -182,7 +182,8 @@ def _reduced(here: Any) -> Iterator[Any]:
             "the store, or let the model build it when it is called"
         ) from error
     if isinstance(found, tuple):
-        yield from (list(part) if i in (3, 4) and part is not None else part for i, part in enumerate(found))
+        pieces: Any = found
+        yield from (list(part) if i in (3, 4) and part is not None else part for i, part in enumerate(pieces))
     else:
         yield found
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import hashlib
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -166,9 +167,7 @@ def packed(thing: Any, name: str, cure: str) -> bytes:
     except Exception as error:  # of whatever kind what it holds raises
         problem = error
     try:
-        import cloudpickle
-
-        return cloudpickle.dumps(thing, 5)
+        return importlib.import_module("cloudpickle").dumps(thing, 5)
     except ImportError:
         pass
     except Exception as error:
