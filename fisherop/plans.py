@@ -56,7 +56,7 @@ class Plan:
             cure = "define what it holds at the top level of a module that the workers can import"
             self.sent = packed(settings, "an argument of the sweep", cure)
             size += len(self.sent) + max(recipe.pack() for _, recipe, _ in self.entries)
-        self.ahead = 1 if executor is None else min(max(_AHEAD // size, _LEAST), _MOST)
+        self.ahead = 1 if executor is None else min(max(_AHEAD // max(size, 1), _LEAST), _MOST)
 
     def open(self, folder: Any) -> dict[int, Outcome]:
         """Open a store; what it holds already."""
