@@ -76,15 +76,18 @@ def search(
     n, eps = start.shape[1], a.regularization
     capacity = min(n, max(_BASIS, 4 * (top + bottom)))
     v, fa, fb = (start.new_empty(capacity, n) for _ in range(3))
-    ga, gb, m = np.empty((0, 0)), np.empty((0, 0)), 0
-    new, last = start, np.empty((0, 0))
+    ga: NDArray = np.empty((0, 0))
+    gb: NDArray = np.empty((0, 0))
+    last: NDArray = np.empty((0, 0))
+    m, new = 0, start
     for _ in range(maxiter):
         new = beside(new, v[:m])[: capacity - m]
         end = m + len(new)
         v[m:end], fa[m:end], fb[m:end] = new, a.times_f(new), b.times_f(new)
         ga, gb = (bordered(g, inner(v[:end], f[m:end])) for g, f in ((ga, fa), (gb, fb)))
         m = end
-        theta, y = scipy.linalg.eigh(ga + eps * np.eye(m), gb + eps * np.eye(m))
+        found: Any = scipy.linalg.eigh(ga + eps * np.eye(m), gb + eps * np.eye(m))
+        theta, y = found
         wanted = np.r_[m - 1 : m - 1 - min(top, m) : -1, min(bottom, m) - 1 : -1 : -1][: top + bottom]
         coefficients = torch.as_tensor(y[:, wanted].T, dtype=v.dtype, device=v.device)
         rho = torch.as_tensor(theta[wanted], dtype=v.dtype, device=v.device)[:, None]
