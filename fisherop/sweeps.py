@@ -237,7 +237,7 @@ def sweep(
         there, and sound, is not done again: so a sweep that was interrupted goes on, and several may share a folder.
         By default results stay in memory.
     k, which, method, tol, maxiter
-        As in `Eigendistortion.synthesize`, and so are the other options.
+        As in `Eigendistortion.synthesize`.
     rng : int, optional
         A seed, the same for each task.
     noise, subspace, metric, engine, chunk_size
@@ -251,6 +251,8 @@ def sweep(
         What to do when a task fails.
     progress : bool
         Show a bar.
+    **options
+        Of the method; `eigenpairs` lists them.
 
     Returns
     -------
