@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,8 +26,8 @@ COLUMNS += ("n_pixels", "products", "seconds", "file", "error")
 _SHOWN = 10  # failures
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Record(Facts):
     """One task of a sweep: an image, a model, a layer, and what was found.
 
     Attributes
@@ -57,14 +56,6 @@ class Record:
     image: int | str
     model: str
     layer: str
-    eigenindex: NDArray
-    eigenvalues: NDArray
-    residual_norms: NDArray
-    thresholds: NDArray
-    status: tuple[str, ...]
-    n_pixels: int
-    n_products: float
-    seconds: float
     file: str
     error: str
     traceback: str
@@ -104,9 +95,10 @@ class SweepResult(Sequence[Record]):
             empty = np.empty(0)
             facts = outcome.facts or Facts(empty.astype(np.intp), empty, empty, empty, (), 0, 0.0, 0.0)
             file = plan.files[i] if outcome.facts is not None else ""
-            names = (job.image, job.model, job.layer or "")
-            records.append(Record(*names, **vars(facts), file=file, error=outcome.error, traceback=outcome.trace))
-            self._fields[names] = outcome.fields
+            known: dict[str, Any] = {"image": job.image, "model": job.model, "layer": job.layer or "", **vars(facts)}
+            record = Record(file=file, error=outcome.error, traceback=outcome.trace, **known)
+            records.append(record)
+            self._fields[record.image, record.model, record.layer] = outcome.fields
         self.records = tuple(records)
 
     def __getitem__(self, index: Any) -> Any:

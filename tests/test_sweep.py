@@ -380,7 +380,6 @@ def test_a_cluster_that_loses_a_worker_does_all(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_after_the_death_of_its_client_only_what_is_missing_is_done(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     script = [sys.executable, "-c", "import sys, studies; studies.study(sys.argv[1])", str(tmp_path)]
