@@ -24,6 +24,7 @@ from fisherop.model.undisturbed import alone
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
 _MAX_BLOCKS = 8  # sizes and directions for which a program is kept
+_PAGES_COST = 2**20  # bytes of a tensor in a block, from which on fresh pages cost time
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
 
@@ -159,6 +160,8 @@ class Program:
         """The program of a block size; None where that of single vectors has to do: for two, one is not worth it."""
         if len(like) == 2:
             return None
+        if like.device.type == "cpu" and len(like) * self.largest_bytes >= _PAGES_COST:
+            _keep_pages()
         generator = torch.Generator("cpu").manual_seed(0)
         trial = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
         try:
@@ -190,6 +193,15 @@ class Program:
         found = _parts(tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
         out = lower(tape, found[0] if len(found) == 1 else tape.linear(None, pair, *found))
         return _running(needed([out], above=STATIC), inputs, out)
+
+
+def _keep_pages() -> None:
+    """Let glibc's malloc reuse memory from product to product.
+
+    It gives back what is free beyond twice the largest block that was ever mapped and freed: every product would ask
+    for these pages anew, and wait for them. A block that is freed untouched costs nothing.
+    """
+    torch.empty(_LARGEST_BYTES - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _parts(results: Any) -> tuple:
