@@ -16,7 +16,7 @@ from fisherop.model.engines.lower import layout, lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.reuse import in_place
-from fisherop.model.engines.simplify import replaced, simplify
+from fisherop.model.engines.simplify import CLEAN, lay_out, replaced, rewrite, simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
 from fisherop.model.undisturbed import alone
@@ -247,7 +247,8 @@ def _composed(tape: Tape, jvp: Node, vjp: Node, u: Node, order: list[int] | None
         images = tape.linear(jvp.value.reshape(order), torch.reshape, jvp, order)
         images = tape.linear(images.value.permute(1, 2, 0), torch.ops.aten.permute.default, images, [1, 2, 0])
         images = tape.linear(jvp.value, torch.reshape, images, list(jvp.value.shape))
-    return tape.linear(None, pair, images, new[vjp.index])
+    both = tape.linear(None, pair, images, new[vjp.index])
+    return lay_out(tape, rewrite(tape, both, CLEAN))  # now that Jᵀ begins in the layout that J v ends with
 
 
 def _running(nodes: list[Node], inputs: list[Node], out: Node) -> Callable[..., tuple]:
