@@ -144,6 +144,8 @@ def test_layouts(shape):
     laid_out = nhwc(x)
     assert torch.equal(laid_out, x) and laid_out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(nchw(laid_out), x) and nchw(laid_out).is_contiguous()
+    assert laid_out.stride() == torch.empty_like(x, memory_format=torch.channels_last).stride()
+    assert torch.equal(nhwc(laid_out), x)
     several = laid_out.unsqueeze(1)
     assert torch.equal(nchw(several), x.unsqueeze(1)) and nchw(several).is_contiguous()
     turned = x.transpose(0, 1)

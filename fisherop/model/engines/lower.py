@@ -181,7 +181,7 @@ def _is_laid_out(x: Node) -> bool:
 
 
 def _guard(tape: Tape, out: Node) -> Node:
-    """Give a contiguous tensor to operations that may rely on it, where a layout has been changed by `_lay_out`."""
+    """Give a contiguous tensor to operations that may rely on it, where a layout has been changed by `lay_out`."""
     changed: set[int] = set()
     new: dict[int, Node] = {}
     for node in needed([out], above=IMAGE):

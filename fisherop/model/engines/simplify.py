@@ -24,7 +24,7 @@ Rule = Callable[[Tape, Node, tuple, list[int]], Node | None]  # tape, old node, 
 
 def simplify(tape: Tape, out: Node) -> Node:
     """An equal node, whose linear ancestors are fewer and cheaper."""
-    return _lay_out(tape, rewrite(tape, rewrite(tape, out, CLEAN), _JOIN))
+    return lay_out(tape, rewrite(tape, rewrite(tape, out, CLEAN), _JOIN))
 
 
 def rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
@@ -299,7 +299,7 @@ def wants_nhwc(node: Node) -> bool:
     )
 
 
-def _lay_out(tape: Tape, out: Node) -> Node:
+def lay_out(tape: Tape, out: Node) -> Node:
     """Keep weights, and constants that meet the result of a convolution, in the layout ``channels_last``."""
     laid_out: set[int] = set()
     new: dict[int, Node] = {}
@@ -311,7 +311,10 @@ def _lay_out(tape: Tape, out: Node) -> Node:
             follows = True
         elif follows:
             args = tuple(
-                tape.constant(nhwc, a) if is_constant(a) and a.value.ndim == 4 and a.level == IMAGE else a for a in args
+                tape.constant(nhwc, a)
+                if is_constant(a) and a.value.ndim == 4 and a.level == IMAGE and a.op is not nhwc
+                else a
+                for a in args
             )
         kwargs = replaced(node.kwargs, new)
         new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node

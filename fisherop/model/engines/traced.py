@@ -18,7 +18,7 @@ from fisherop.model.engines.lower import layout, lower
 from fisherop.model.engines.nodes import IMAGE, LINEAR, STATIC, Node, NotLinear, compile_nodes, device_of, early, needed
 from fisherop.model.engines.plain import forward_mode, slope, with_graph
 from fisherop.model.engines.reuse import in_place
-from fisherop.model.engines.simplify import replaced, simplify
+from fisherop.model.engines.simplify import CLEAN, lay_out, replaced, rewrite, simplify
 from fisherop.model.engines.tape import Tape
 from fisherop.model.sparse import is_sparse, parts
 from fisherop.model.undisturbed import alone
@@ -26,6 +26,7 @@ from fisherop.model.undisturbed import alone
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 64
 _MAX_BLOCKS = 8  # sizes and directions for which a program is kept
+_PAGES_COST = 2**20  # bytes of a tensor in a block, from which on fresh pages cost time
 _LARGEST_BYTES = 2**25 - 1  # of a tensor in a block: glibc's malloc takes fresh pages for each larger one
 
 
@@ -179,6 +180,8 @@ class Program:
         """The program of a block size; None where that of single vectors has to do: for two, one is not worth it."""
         if len(like) == 2:
             return None
+        if like.device.type == "cpu" and len(like) * self.largest_bytes >= _PAGES_COST:
+            _keep_pages()
         generator = torch.Generator("cpu").manual_seed(0)
         trial = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
         try:
@@ -210,6 +213,15 @@ class Program:
         found = _parts(tape.record(lambda: torch.func.vmap(lambda one: plain(one, *constants)[0])(trial)))
         out = lower(tape, found[0] if len(found) == 1 else tape.linear(None, pair, *found))
         return _running(needed([out], above=STATIC), inputs, out)
+
+
+def _keep_pages() -> None:
+    """Let glibc's malloc reuse memory from product to product.
+
+    It gives back what is free beyond twice the largest block that was ever mapped and freed: every product would ask
+    for these pages anew, and wait for them. A block that is freed untouched costs nothing.
+    """
+    torch.empty(_LARGEST_BYTES - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _parts(results: Any) -> tuple:
@@ -257,7 +269,8 @@ def _composed(tape: Tape, jvp: Node, vjp: Node, u: Node, order: list[int] | None
         images = tape.linear(jvp.value.reshape(order), torch.reshape, jvp, order)
         images = tape.linear(images.value.permute(1, 2, 0), torch.ops.aten.permute.default, images, [1, 2, 0])
         images = tape.linear(jvp.value, torch.reshape, images, list(jvp.value.shape))
-    return tape.linear(None, pair, images, new[vjp.index])
+    both = tape.linear(None, pair, images, new[vjp.index])
+    return lay_out(tape, rewrite(tape, both, CLEAN))  # now that Jᵀ begins in the layout that J v ends with
 
 
 def _running(nodes: list[Node], inputs: list[Node], out: Node) -> Callable[..., tuple]:
