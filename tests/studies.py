@@ -28,6 +28,18 @@ def build():
     return Net().eval()
 
 
+def only_on(device):
+    """It rejects images that are elsewhere."""
+    model = Net().eval()
+
+    def hook(module, inputs):
+        if inputs[0].device.type != device:
+            raise ValueError(f"the image is on {inputs[0].device}")
+
+    model.register_forward_pre_hook(hook)
+    return model
+
+
 def unseeded():
     return torch.nn.Conv2d(1, 2, 3).eval()
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import DEVICES
 from studies import Net, build, images
 from test_sweep import cluster
 
@@ -37,6 +38,17 @@ def client():
 
 def rows(operator, count=3):
     return torch.randn(count, operator.shape[1], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_may_be_on_any_device(client, device):
+    several, model = [image.to(device) for image in images(5)], Net().eval().to(device)
+    here, there = (FisherOperator.pooled(several, model, client=where) for where in (None, client))
+    v = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    (r, products), (right_r, right_products) = (operator.products.normal(v) for operator in (there, here))
+    assert products.device == right_products.device
+    assert_same(products.cpu(), right_products.cpu())
+    assert_same((r.T @ r).cpu(), (right_r.T @ right_r).cpu())
 
 
 @pytest.mark.parametrize("kind", ["plain", "observed"])

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import studies
 import torch
-from helpers import assert_truthful
-from studies import Net, build, images
+from helpers import DEVICES, assert_truthful
+from studies import Net, build, images, only_on
 
 import fisherop
 from fisherop import Eigendistortion, LayerResponse, SweepError, noise, plot, spaces, sweep
@@ -122,6 +122,18 @@ def test_every_task_is_done_wherever_it_runs(where, tmp_path):
             np.testing.assert_array_equal(one.thresholds, ed.detection_thresholds()[0])
             assert one.status == tuple(ed.result.status.astype(str)) and one.seconds > 0
     assert len(stamps(tmp_path)) == len({one.file for one in kept}) == 9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", [no_executor, slow(spawned)])
+def test_workers_compute_on_the_device_that_is_asked_for(device, where):
+    several, there = images(2), functools.partial(only_on, device)
+    with where() as pool:
+        table = run(several, [there, (there, "first")], executor=pool, device=device)
+    right = run(several, [build, (build, "first")])
+    assert not table.failed
+    for one, other in zip(table, right, strict=True):
+        np.testing.assert_allclose(one.eigenvalues, other.eigenvalues, rtol=1e-3, atol=1e-4 * other.eigenvalues[0])
 
 
 def test_what_is_there_is_not_done_again(tmp_path):

@@ -20,12 +20,13 @@ from fisherop.model import programs
 from fisherop.model.compat import clean_failure, prepare_recording
 from fisherop.model.contents import Contents
 from fisherop.model.engines import ENGINES, Traced, advice
-from fisherop.model.engines.plain import forward_mode, slope
+from fisherop.model.engines.plain import forward_mode
 from fisherop.model.guard import Guard
 from fisherop.model.response import Response, examine
 from fisherop.model.slopes import check_slope, norm
 from fisherop.model.trial import ROUNDINGS, Trial, check_close, check_products, random, vectorizes
 
+_MUCH = 2**24  # bytes that are held for an image
 _LOG = logging.getLogger("fisherop.model.linearize")
 
 
@@ -78,8 +79,10 @@ def _resumed(
 
     It must agree as it did at the image of the recording, but for rounding.
     """
-    model, contents = respond.model, Contents(respond.model)
-    guard = Guard(model)
+    model = respond.model
+    if not programs.has(image, model):
+        return None
+    contents, guard = Contents(model), Guard(model)
     respond.sparse = guard.holds_sparse
     kept = programs.recall(image, model, contents)
     if kept is None:
@@ -117,7 +120,7 @@ def _new(
 ) -> Built:
     """See what the model does when it is called; then choose an engine, and leave the model as after one call."""
     guards = [Guard(respond.model, values=True)]
-    last.append(lambda: guards[-1].restore())
+    last.append(lambda: guards and guards[-1].restore())
     respond.sparse = guards[0].holds_sparse
     seen, settled = examine(respond, image, guards[0])
     response = seen.response.reshape(respond.shape)
@@ -129,7 +132,8 @@ def _new(
         )
     engine, trial, size = _chosen(image, respond, response, names, chunk_size, seen.bytes, precision, settled, report)
     v, jv = trial.v[0], trial.jv[0]
-    if engine.is_recorded:
+    frees = engine.is_recorded and engine.held_bytes[0] > _MUCH
+    if frees:
         engine.release()  # float64 takes memory
     with clean_failure():
         decided = check_slope(
@@ -138,13 +142,14 @@ def _new(
             detaches=seen.detaches,
             program=engine.by_program if engine.is_recorded and not engine.program.reads_image else None,
         )
-    if engine.is_recorded:
+    if frees:
         engine.prepare(image)
     if not decided:
         note = "rounding or kinks hide the slope of the response, so that J v could not be held against it"
         report.insert(len(report) - 1, note)
     guards.append(settled)
     settled.restore()
+    guards.clear()
     contents = Contents(respond.model)
     if engine.program is not None:
         programs.keep(image, respond.model, engine.program, contents, precision, trial.error, respond.draws)
@@ -167,10 +172,9 @@ def _chosen(
     for name in names:
         try:
             with clean_failure():
-                engine = ENGINES[name](respond, image, response.flatten())
-                reference = None  # the others' own products are PyTorch's
+                engine = ENGINES[name](respond, image, response.flatten(), v[0])
+                reference, engine.reference = engine.reference, None
                 if engine.is_recorded:
-                    reference = slope(respond, image, v[0])
                     answer = engine.prepare(image)
                     check_close("response", answer, response.flatten(), respond.sizes, ROUNDINGS * precision)
                 size = chunk_size or engine.chunk_size(bytes_)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _REDUCED = "tf32", "bf16"
@@ -188,6 +189,17 @@ def _checkpoints() -> Iterator[None]:
         yield
     finally:
         checkpoint._NoopSaveInputs = keeps  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Mode(TorchDispatchMode):
+    """A mode whose operations `torch.compile` may see: nothing is compiled here.
+
+    From 2.11 on PyTorch would wrap each call to hide it, and load ``torch._dynamo`` for that, which takes seconds.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherop.model.compat import Mode
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 DETACHING = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
@@ -62,7 +63,7 @@ class Draws(NamedTuple):
         return any(state == self.start for _, state in self.operations)
 
 
-class Watch(TorchDispatchMode):
+class Watch(Mode):
     """Notes what a model's call draws, the bytes that it computes, its lowest precision, and whether it detaches."""
 
     def __init__(self) -> None:

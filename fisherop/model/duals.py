@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -36,7 +36,10 @@ class Duals(TorchFunctionMode):
 
 
 def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and (is_wrapped(x) or forward_ad.unpack_dual(x).tangent is not None)
+    """A parameter has none: a dual number made of it is another tensor."""
+    if not isinstance(x, Tensor) or type(x) is nn.Parameter:
+        return False
+    return is_wrapped(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _convolved(func: Callable, tangent: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any):
@@ -58,5 +61,5 @@ def _normalized(
     if training or var is None or tangent.dtype not in (var.dtype, torch.float64):
         return None
     shape = [1, -1] + [1] * (tangent.ndim - 2)
-    scale = (var + eps).sqrt().reciprocal().reshape(shape)
-    return tangent * (scale if weight is None else scale * weight.reshape(shape))
+    scale = (var + eps).rsqrt()
+    return tangent * (scale if weight is None else scale * weight).reshape(shape)

@@ -32,6 +32,11 @@ class Kept(NamedTuple):
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
 
 
+def has(image: Tensor, model: Any) -> bool:
+    """Whether there is a program for images of this kind, of the model as it is or was."""
+    return _can_be_kept(model) and _kind(image) in _KEPT.get(model, {})
+
+
 def recall(image: Tensor, model: Any, contents: Contents) -> Kept | None:
     """The program for images of this kind, where the module holds what it did."""
     kinds = _KEPT.get(model, {}) if _can_be_kept(model) else {}

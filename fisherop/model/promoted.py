@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.model.engines.nodes import replace
+from fisherop.model.compat import Mode
+from fisherop.model.engines.nodes import leaves, replace
 from fisherop.model.engines.writes import written
 
 aten = torch.ops.aten
 _BAND_BYTES = 2**22  # of the columns that PyTorch makes of a convolution in float64: this much is fastest, too
 _WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
 _WIDER |= {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
+_NARROW, _WIDE = frozenset(_WIDER), frozenset(_WIDER.values())
 
 
-class Promoted(TorchDispatchMode):
+class Promoted(Mode):
     """Every operation in float64, whatever the dtype of its arguments, but for what it writes in place."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -26,8 +27,11 @@ class Promoted(TorchDispatchMode):
         if func.is_view:  # a view of a copy would not be one
             return func(*args, **kwargs)
         targets = {id(t) for t in written(func, args, kwargs).values()}
-        args, kwargs = replace((args, kwargs), Tensor, lambda t: t if id(t) in targets else _widened(t))
-        args, kwargs = replace((args, kwargs), torch.dtype, lambda dtype: _WIDER.get(dtype, dtype))
+
+        def wider(x: Any) -> Any:
+            return _WIDER.get(x, x) if isinstance(x, torch.dtype) else x if id(x) in targets else _widened(x)
+
+        args, kwargs = replace((args, kwargs), (Tensor, torch.dtype), wider)
         if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
             args = (*args[:2], False)  # from half to single precision, which there is none of
         given: Any = args
@@ -54,9 +58,8 @@ class _PromotedArguments(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         writes = name in ("__setitem__", "__set__") or "out" in kwargs or (name.endswith("_") and name[-2:] != "__")
         if not writes and not name.startswith("__"):
-            dtypes: set[torch.dtype] = set()
-            replace((args, kwargs), Tensor, lambda t: dtypes.add(t.dtype))
-            if dtypes & set(_WIDER) and dtypes & set(_WIDER.values()):
+            dtypes = {leaf.dtype for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            if len(dtypes) > 1 and dtypes & _NARROW and dtypes & _WIDE:
                 args, kwargs = replace((args, kwargs), Tensor, _widened)
         return func(*args, **kwargs)
 

@@ -272,9 +272,10 @@ class _Part:
 def norm(x: Tensor) -> float:
     """‖x‖₂ in float64, also where the squares of its elements leave that range."""
     x = x.detach().double()
+    size = torch.linalg.vector_norm(x).item()
+    if 1e-100 < size < 1e100:
+        return size
     peak = torch.linalg.vector_norm(x, torch.inf).item() if x.numel() else 0.0
-    if 1e-100 < peak < 1e100:
-        return torch.linalg.vector_norm(x).item()
     return peak * torch.linalg.vector_norm(x / peak).item() if peak else 0.0
 
 

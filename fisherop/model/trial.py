@@ -109,7 +109,7 @@ def check_products(
     error = math.inf
     if reference is not None:
         error = check_close("J v", jv[0], reference, sizes, coarse if allowed is None else allowed)
-    forward, reverse = ((a.double() * b.double()).sum().item() for a, b in ((jv, u), (v, jtu)))
+    forward, reverse = (torch.dot(a.double().flatten(), b.double().flatten()).item() for a, b in ((jv, u), (v, jtu)))
     size, low = max(norm(jv), norm(jtu)), precision > torch.finfo(jv.dtype).eps
     rounds = coarse * size < abs(forward - reverse) <= rounding
     mismatch = abs(forward - reverse) / size if size and (low or rounds) else 0.0

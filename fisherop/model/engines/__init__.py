@@ -1,6 +1,7 @@
 """How products with a Jacobian are made: each engine differentiates a function of one tensor at a point.
 
-An engine is made of a function of the image that gives a flat response, the image, and that response. It has
+An engine is made of a function of the image that gives a flat response, the image, that response, and, if wanted, a
+change v of the image. It has
 ``jvp(tangents: (k, *image_shape)) -> (k, M)`` and ``vjp(cotangents: (k, M)) -> (k, *image_shape)``. They are called
 without gradients being recorded. Where k = 1, nothing is vectorized. Beside these it has
 
@@ -9,7 +10,7 @@ without gradients being recorded. Where k = 1, nothing is vectorized. Beside the
   itself; it has ``normal(tangents) -> ((k, M), (k, *image_shape))``, too: J v, its elements in some order, and JᵀJ v.
   Else they are made by differentiating, which is done by one thread at a time;
 - ``calls_model``: a product J v runs the model;
-- ``program``: what other images can resume, or None;
+- ``program``: what other images can resume, or None; ``reference``: J v for that v by PyTorch, if products are not;
 - ``chunk_size(bytes)``: how many products it should make together, where a call of the model computes so many bytes;
 - ``slope(respond, x, v)``: J v at x by PyTorch alone, in a mode that the model has.
 """

@@ -26,7 +26,8 @@ def _threshold(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | 
     g, point, threshold = args
     if not is_linear(g) or not _depends_on_image(point) or point.value.dtype == torch.uint8:
         return None
-    return tape.linear(node.value, node.op, g, tape.constant(_passes, point, threshold), 0)
+    mask = tape.constant(_passes, point, threshold, like=point.value.to(torch.uint8))
+    return tape.linear(node.value, node.op, g, mask, 0)
 
 
 def _passes(x: Tensor, threshold: float) -> Tensor:

@@ -32,7 +32,8 @@ from fisherop.model.engines.simplify import (
     each,
     is_constant,
     is_linear,
-    replaced,
+    new_arguments,
+    put_instead,
     rewrite,
     wants_nhwc,
     windows,
@@ -136,7 +137,7 @@ def _lower_gather(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node
     fits = shape[-2:] == [channels, math.prod(size)] and places.value.shape[:-1] == (1, channels)
     if not fits or math.prod(shape[:-2]) != k or dimension not in (-1, len(shape) - 1):
         return None
-    places = tape.constant(places_nhwc, places)
+    places = tape.constant(places_nhwc, places, like=places.value.reshape(-1))
     taken = tape.linear(node.value.flatten(0, -3), take_nhwc, source, places, channels)
     return tape.linear(node.value, torch.reshape, taken, list(node.value.shape))
 
@@ -185,7 +186,7 @@ def _guard(tape: Tape, out: Node) -> Node:
     changed: set[int] = set()
     new: dict[int, Node] = {}
     for node in needed([out], above=IMAGE):
-        args, kwargs = replaced(node.args, new), replaced(node.kwargs, new)
+        args = new_arguments(node, new)
         hit = any(p.index in changed or (p.level < LINEAR and _is_nhwc(p.value)) for p in node.parents)
         if hit and not _takes_any_layout(node.op):
             args = tuple(
@@ -193,10 +194,10 @@ def _guard(tape: Tape, out: Node) -> Node:
                 for a in args
             )
             hit = False
-        new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node
+        here = put_instead(tape, node, None, args, new)
         if hit or node.op is nhwc:
-            changed |= {node.index, new[node.index].index}
-    return new[out.index]
+            changed |= {node.index, here.index}
+    return new.get(out.index, out)
 
 
 def _is_nhwc(x: Any) -> bool:

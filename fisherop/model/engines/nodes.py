@@ -30,7 +30,7 @@ class Node:
         self.kwargs = kwargs
         self.level = level
         self.value = value  # of a constant; otherwise outlines of tensors
-        self.parents = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Node)]
+        self.parents = [leaf for leaf in leaves((args, kwargs) if kwargs else args) if type(leaf) is Node]
 
 
 def needed(outputs: Iterable[Node], above: int = -1) -> list[Node]:
@@ -80,9 +80,9 @@ def compile_nodes(
     kept = {node.index for node in outputs} | set(names)
 
     def spell(x: Any) -> str:
-        if isinstance(x, Node) and x.index in names:
-            return names[x.index]
-        if isinstance(x, Node):
+        if type(x) is Node:
+            if x.index in names:
+                return names[x.index]
             x = x.value
         if isinstance(x, list | tuple):
             inner = "".join(spell(y) + ", " for y in x)
@@ -110,27 +110,33 @@ def compile_nodes(
 
 def leaves(tree: Any) -> list:
     found: list = []
-    stack = [tree]
-    while stack:
-        here = stack.pop()
-        if isinstance(here, list | tuple):
-            stack.extend(reversed(here))
-        elif isinstance(here, dict):
-            stack.extend(reversed(here.values()))
-        else:
-            found.append(here)
+    _gather(tree, found)
     return found
 
 
-def replace(tree: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+def _gather(tree: Any, found: list) -> None:
+    cls = type(tree)
+    if cls in _ATOMS or cls is Node:
+        found.append(tree)
+    elif cls is tuple or cls is list or isinstance(tree, list | tuple):
+        for part in tree:
+            _gather(part, found)
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            _gather(part, found)
+    else:
+        found.append(tree)
+
+
+def replace(tree: Any, kind: type | tuple[type, ...], new: Callable[[Any], Any]) -> Any:
     """A nesting of lists, tuples and dicts with ``new(leaf)`` in the place of each leaf of a kind."""
     cls = type(tree)
     if cls in _ATOMS:
         return tree
+    if cls is tuple or cls is list or isinstance(tree, list | tuple):
+        return cls([part if type(part) in _ATOMS else replace(part, kind, new) for part in tree])
     if isinstance(tree, kind):
         return new(tree)
-    if isinstance(tree, list | tuple):
-        return cls([part if type(part) in _ATOMS else replace(part, kind, new) for part in tree])
     if isinstance(tree, dict):
         return {key: replace(part, kind, new) for key, part in tree.items()}
     return tree
@@ -155,15 +161,20 @@ def device_of(x: Tensor) -> torch.device:
 
 
 def level_of(tree: Any) -> int:
-    return max((leaf.level for leaf in leaves(tree) if isinstance(leaf, Node)), default=STATIC)
+    return max((leaf.level for leaf in leaves(tree) if type(leaf) is Node), default=STATIC)
 
 
 def key_of(op: Callable, args: Any, kwargs: dict) -> tuple:
-    def freeze(x: Any) -> Any:
-        if isinstance(x, Node):
-            return Node, x.index
-        if isinstance(x, list | tuple):
-            return tuple(map(freeze, x))
-        return type(x), repr(x) if isinstance(x, float) else x  # 0.0 == -0.0, and nan is never found
+    named = tuple(sorted((key, _freeze(x)) for key, x in kwargs.items())) if kwargs else ()
+    return op, tuple(map(_freeze, args)), named
 
-    return op, freeze(args), tuple(sorted((key, freeze(x)) for key, x in kwargs.items()))
+
+def _freeze(x: Any) -> Any:
+    cls = type(x)
+    if cls is Node:
+        return x
+    if cls is int or cls is bool:
+        return cls, x
+    if cls is float:
+        return cls, repr(x)  # 0.0 == -0.0, and nan is never found
+    return tuple(map(_freeze, x)) if isinstance(x, list | tuple) else (cls, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class Place(NamedTuple):
         for n, s in zip(self.shape, self.stride, strict=True):
             places = places[..., None] + s * torch.arange(n, device="cpu")
         return places.reshape(-1)
+
+
+def same_layout(x: Any, y: Tensor) -> bool:
+    """Whether two tensors of the same elements have them in the same order."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or y.layout != torch.strided:
+        return False
+    if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+        return False
+    return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
 Slice = tuple[int, int, int, int]  # dimension, start, stop, step

@@ -18,7 +18,7 @@ class _Plain:
     """What its two engines share: see `fisherop.model.engines`."""
 
     is_recorded = calls_model = False
-    program = None
+    program = reference = None
 
     @staticmethod
     def chunk_size(bytes_: int) -> int:
@@ -35,7 +35,9 @@ class Functional(_Plain):
     name = "functional"
     calls_model = True
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
+    def __init__(
+        self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor, v: Tensor | None = None
+    ) -> None:
         self._respond = respond
         self._image = image
         self._graph = with_graph(respond, image)
@@ -63,7 +65,9 @@ class DoubleBackward(_Plain):
         """J v at x, flat, by differentiating the backward pass."""
         return DoubleBackward(respond, x, respond(x)).jvp(v[None])[0]
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
+    def __init__(
+        self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor, v: Tensor | None = None
+    ) -> None:
         self._graph = with_graph(respond, image)
         with torch.enable_grad():
             self._u = torch.zeros_like(self._graph[0], requires_grad=True)

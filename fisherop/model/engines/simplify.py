@@ -30,24 +30,36 @@ def simplify(tape: Tape, out: Node) -> Node:
 def rewrite(tape: Tape, out: Node, rules: dict[Callable, Rule]) -> Node:
     """An equal node, each of whose linear ancestors is what the rule of its operation makes of it, if there is one."""
     nodes = needed([out], above=IMAGE)
-    users = Counter(parent.index for node in nodes for parent in node.parents)
+    users = Counter([parent.index for node in nodes for parent in node.parents])
     new: dict[int, Node] = {}
     for node in nodes:
-        if node.op is None:
-            new[node.index] = node
-            continue
-        args, kwargs = node.args, node.kwargs
-        same = all(new.get(parent.index, parent) is parent for parent in node.parents)
-        if not same:
-            args, kwargs = (replaced(part, new) for part in (args, kwargs))
-        alone = [i for i, a in enumerate(node.args) if isinstance(a, Node) and users[a.index] == 1]
-        better = rules[node.op](tape, node, args, alone) if node.op in rules and not _alpha(kwargs) else None
-        new[node.index] = better or (node if same else tape.linear(node.value, node.op, *args, **kwargs))
-    return new[out.index]
+        args = new_arguments(node, new)
+        rule = None if node.op is None else rules.get(node.op)
+        better = None
+        if rule is not None and node.kwargs.get("alpha", 1) == 1:
+            alone = [i for i, a in enumerate(node.args) if isinstance(a, Node) and users[a.index] == 1]
+            better = rule(tape, node, args, alone)
+        put_instead(tape, node, better, args, new)
+    return new.get(out.index, out)
 
 
-def _alpha(kwargs: dict) -> bool:
-    return kwargs.get("alpha", 1) != 1
+def new_arguments(node: Node, new: dict[int, Node]) -> tuple:
+    """A node's arguments, or what stands for them; the same tuple, where nothing does."""
+    for parent in node.parents:
+        if parent.index in new:
+            return replaced(node.args, new)
+    return node.args
+
+
+def put_instead(tape: Tape, node: Node, better: Node | None, args: tuple, new: dict[int, Node]) -> Node:
+    """What stands for a linear node from now on: a better one, or the same operation on new arguments; or itself."""
+    if better is None and (args is not node.args or (node.kwargs and not args)):
+        kwargs = replaced(node.kwargs, new) if node.kwargs else {}
+        better = tape.linear(node.value, node.op, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    if better is None or better is node:
+        return node
+    new[node.index] = better
+    return better
 
 
 def replaced(tree: Any, new: dict[int, Node]) -> Any:
@@ -123,7 +135,8 @@ def _elementwise(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node 
     points = [a for a in rest if is_constant(a)]
     if not is_linear(g) or any(map(is_linear, rest)) or not points:
         raise NotLinear(f"{node.op} is not linear")
-    slope = tape.constant(node.op, tape.constant(aten.ones_like.default, points[0]), *rest, **node.kwargs)
+    ones = tape.constant(aten.ones_like.default, points[0])
+    slope = tape.constant(node.op, ones, *rest, like=points[0].value, **node.kwargs)
     return _product(tape, node, g, slope)
 
 
@@ -151,7 +164,7 @@ def _div(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
         raise NotLinear("the derivative holds a quotient of two tangents")
     if not is_constant(args[1]) or args[0].value.dtype != args[1].value.dtype:
         return None
-    return _product(tape, node, args[0], tape.constant(aten.reciprocal.default, args[1]))
+    return _product(tape, node, args[0], tape.constant(aten.reciprocal.default, args[1], like=args[1].value))
 
 
 def _getitem(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | None:
@@ -202,11 +215,10 @@ def _batch_norm_backward(tape: Tape, node: Node, args: tuple) -> Node | None:
     if not is_linear(g) or train or var is None:
         return None
     shape = [1, -1] + [1] * (g.value.ndim - 2)
-    scale = tape.constant(aten.reciprocal.default, tape.constant(torch.sqrt, tape.constant(torch.add, var, epsilon)))
-    scale = tape.constant(torch.reshape, scale, shape)
+    scale = tape.constant(torch.rsqrt, tape.constant(torch.add, var, epsilon))
     if weight is not None:
-        scale = tape.constant(torch.mul, scale, tape.constant(torch.reshape, weight, shape))
-    return _product(tape, node, g, scale)
+        scale = tape.constant(torch.mul, scale, weight)
+    return _product(tape, node, g, tape.constant(torch.reshape, scale, shape))
 
 
 # ---- joining: operations that are used once
@@ -218,7 +230,8 @@ def _join_mul(tape: Tape, node: Node, args: tuple, alone: list[int]) -> Node | N
         return None
     if x.op is aten.mul.Tensor and is_constant(x.args[1]) and x.args[1].value.shape == c.value.shape:
         pair = sorted((x.args[1], c), key=lambda n: n.index)  # in one order, so that both directions share it
-        return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, *pair))
+        like = c.value if c.value.dtype == x.args[1].value.dtype else None
+        return tape.linear(node.value, aten.mul.Tensor, x.args[0], tape.constant(aten.mul.Tensor, *pair, like=like))
     if x.op is aten.convolution.default and is_linear(x.args[0]) and _is_per_channel(c, x):
         scaled = _scale(tape, x.args[1], c, 1 if x.args[6] else 0, x.args[8] if x.args[6] else 1)
         return scaled and tape.linear(node.value, x.op, x.args[0], scaled, *x.args[2:])
@@ -304,7 +317,7 @@ def lay_out(tape: Tape, out: Node) -> Node:
     laid_out: set[int] = set()
     new: dict[int, Node] = {}
     for node in needed([out], above=IMAGE):
-        args = replaced(node.args, new)
+        args = new_arguments(node, new)
         follows = node.op in KEEP_LAYOUT and any(is_linear(a) and a.index in laid_out for a in args)
         if node.op is aten.convolution.default and wants_nhwc(node) and args[1].level == STATIC:
             args = (args[0], tape.constant(nhwc, args[1]), *args[2:])
@@ -316,11 +329,10 @@ def lay_out(tape: Tape, out: Node) -> Node:
                 else a
                 for a in args
             )
-        kwargs = replaced(node.kwargs, new)
-        new[node.index] = tape.linear(node.value, node.op, *args, **kwargs) if node.op else node
+        here = put_instead(tape, node, None, args, new)
         if follows:
-            laid_out.add(new[node.index].index)
-    return new[out.index]
+            laid_out.add(here.index)
+    return new.get(out.index, out)
 
 
 CLEAN: dict[Callable, Rule] = {

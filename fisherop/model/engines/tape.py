@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisherop.model.compat import Mode
 from fisherop.model.engines.nodes import (
     IMAGE,
     LINEAR,
@@ -33,12 +33,18 @@ from fisherop.model.engines.nodes import (
     replace,
     values,
 )
-from fisherop.model.engines.places import Place, as_slices, put, put_slices, shared, take, take_slices
+from fisherop.model.engines.places import Place, as_slices, put, put_slices, same_layout, shared, take, take_slices
 from fisherop.model.engines.writes import functional, written
 from fisherop.model.sparse import parts
 
 aten = torch.ops.aten
 _COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten.lift_fresh.default, aten.positive.default}
+_SAYS_NOTHING = {  # what has the same place, or reads shapes alone; dual numbers take many of these
+    aten.alias.default,
+    aten.detach.default,
+    aten.is_same_size.default,
+    *(getattr(aten, name).default for name in ("_has_same_storage_numel",) if hasattr(aten, name)),
+}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
 _UNINITIALISED = {
@@ -104,25 +110,32 @@ class Tape:
         self._inputs.append((value, node))
         return self._remember(value, node)
 
-    def constant(self, op: Callable, *args: Any, **kwargs: Any) -> Node:
-        """The node of an operation on constants; it is executed here where they are static."""
+    def constant(self, op: Callable, *args: Any, like: Tensor | None = None, **kwargs: Any) -> Node:
+        """The node of an operation on constants; it is executed here where they are static.
+
+        `like` outlines the result of an elementwise one, for which PyTorch would first load ``torch._dynamo``, in
+        seconds.
+        """
         key = key_of(op, args, kwargs)
-        if key not in self._known:
+        node = self._known.get(key)
+        if node is None:
             level, given = level_of((args, kwargs)), values((args, kwargs))
             if level == STATIC:
                 return self._known.setdefault(key, self.static(op(*given[0], **given[1])))
             device = next(device_of(leaf) for leaf in leaves(given) if isinstance(leaf, Tensor))
             given = replace(given, Tensor, outline)
-            value = replace(op(*given[0], **given[1]), Tensor, lambda t: outline(t, device))
-            self._known[key] = self._node(op, args, kwargs, level, value)
-        return self._known[key]
+            value = op(*given[0], **given[1]) if like is None else like
+            value = replace(value, Tensor, lambda t: outline(t, device))
+            node = self._known[key] = self._node(op, args, kwargs, level, value)
+        return node
 
     def linear(self, like: Any, op: Callable, *args: Any, **kwargs: Any) -> Node:
         """The node of an operation on the linear part, whose result has the shape and dtype of `like`."""
         key = key_of(op, args, kwargs)
-        if key not in self._known:
-            self._known[key] = self._node(op, args, kwargs, LINEAR, like)
-        return self._known[key]
+        node = self._known.get(key)
+        if node is None:
+            node = self._known[key] = self._node(op, args, kwargs, LINEAR, like)
+        return node
 
     def record(self, function: Callable[[], Any]) -> Any:
         """Run a function; its operations go on the tape. Return its result with nodes in the place of tensors."""
@@ -230,9 +243,10 @@ class Tape:
     def _made(self, value: Tensor, level: int, op: Callable, *args: Any) -> Node:
         """The node of an operation that was not executed, whose result is `value`."""
         key = key_of(op, args, {})
-        if key not in self._known:
-            self._known[key] = self._node(op, args, {}, level, value)
-        return self._known[key]
+        node = self._known.get(key)
+        if node is None:
+            node = self._known[key] = self._node(op, args, {}, level, value)
+        return node
 
     def static(self, value: Tensor) -> Node:
         """The node of a constant; equal ones share it, by place, or by value if they are small."""
@@ -245,9 +259,10 @@ class Tape:
             key = value.dtype, value.device, value.shape, flat.view(torch.uint8).numpy().tobytes()
         else:
             key = Place.of(value), value.device
-        if key not in self._known:
-            self._known[key] = self._node(None, (), {}, STATIC, value)
-        return self._known[key]
+        node = self._known.get(key)
+        if node is None:
+            node = self._known[key] = self._node(None, (), {}, STATIC, value)
+        return node
 
     def keep_values(self, tensor: Tensor) -> None:
         """Before an operation in place: give nodes whose value lies in this memory a copy of their own."""
@@ -289,7 +304,7 @@ class Tape:
         if (
             (op in _COPIES or (op.is_view and op not in _LAZY))
             and isinstance(out, Tensor)
-            and _same_layout(args[0], out)
+            and same_layout(args[0], out)
         ):
             self._remember(out, nodes[0][0])
             return
@@ -314,12 +329,13 @@ class Tape:
 
     def _result(self, op: Callable, nodes: tuple[Any, Any], level: int, out: Any, known: bool = False) -> Node:
         key = key_of(op, *nodes)
-        if key not in self._known:
+        node = self._known.get(key)
+        if node is None:
             static = level == STATIC and isinstance(out, Tensor) and not known
             # of its own, since an operation in place may change the shape of `out`
-            made = self.static(out.resolve_conj().resolve_neg().detach()) if static else None
-            self._known[key] = made or self._node(op, *nodes, level, out)
-        return self._known[key]
+            node = self.static(out.resolve_conj().resolve_neg().detach()) if static else None
+            node = self._known[key] = node or self._node(op, *nodes, level, out)
+        return node
 
     def _note_zeros(self, nodes: tuple, args: tuple) -> None:
         for node, value in zip(nodes, args, strict=True):
@@ -350,13 +366,15 @@ class Tape:
         self._remember(target, node)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Mode):
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self._tape = tape
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in _SAYS_NOTHING and all(a.layout == torch.strided for a in args):
+            return func(*args, **kwargs)
         if func is aten.slice_scatter.default and len(args) > 4 and args[4] is not None:
             args = (*args[:4], min(args[4], args[0].shape[args[2]]), *args[5:])  # vmap overflows at "to the end"
         if func is aten.mul.Scalar and args[0]._is_zerotensor():  # PyTorch would crash
@@ -377,12 +395,3 @@ def _level_seen(op: Any, args: tuple, nodes: tuple, level: int, tensors: list[Te
         return level_of([node for node, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in masks])
     sees = torch.Tag.dynamic_output_shape in op.tags or (not tensors and torch.Tag.data_dependent_output in op.tags)
     return level if sees else STATIC
-
-
-def _same_layout(x: Any, y: Tensor) -> bool:
-    """Whether two tensors of the same elements have them in the same order."""
-    if not isinstance(x, Tensor) or x.layout != torch.strided or y.layout != torch.strided:
-        return False
-    if (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
-        return False
-    return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))

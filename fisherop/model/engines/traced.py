@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import warnings
@@ -40,21 +41,26 @@ class Traced:
     ----------
     program : Program
         What other images can resume.
+    reference : Tensor or None
+        J v as PyTorch computed it while it was recorded, flat.
     """
 
     name = "traced"
     is_recorded, calls_model = True, False
 
-    def __init__(self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> None:
+    def __init__(
+        self, respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor, v: Tensor | None = None
+    ) -> None:
         self._constants: list[Tensor] = []
+        v = torch.ones_like(image) if v is None else v
         with _failing("tracing"):
-            self.program = _trace(respond, image, response)
+            self.program, self.reference = _trace(respond, image, response, v)
 
     @classmethod
     def resume(cls, program: Program) -> Traced:
         """By the program that an earlier image left."""
         self = cls.__new__(cls)
-        self.program, self._constants = program, []
+        self.program, self.reference, self._constants = program, None, []
         return self
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -228,13 +234,19 @@ def _parts(results: Any) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor) -> Program:
+def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor, v: Tensor) -> tuple[Program, Tensor]:
     tape = Tape()
-    v, u = torch.ones_like(image), torch.ones_like(response)
+    u = torch.ones_like(response)
     x = tape.input(image, IMAGE)
     vectors = {"jvp": tape.input(v, LINEAR), "vjp": tape.input(u, LINEAR)}
+    computed: list[Tensor] = []
 
-    answer, forward, backward = tape.record(lambda: _products(respond, image, v, u))
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        results = _products(respond, image, v, u)
+        computed.append(results[1])
+        return results
+
+    answer, forward, backward = tape.record(run)
     recorded = tape.count
     if forward.level != LINEAR or backward.level != LINEAR:
         raise NotLinear("the derivative recorded does not depend on the direction")
@@ -249,12 +261,27 @@ def _trace(respond: Callable[[Tensor], Tensor], image: Tensor, response: Tensor)
     results = [answer, *constants]
     prepare = compile_nodes(early(needed(results, above=STATIC), recorded), [x], results)
     inputs = {d: [vectors["vjp" if d == "vjp" else "jvp"], *constants] for d in plain}
-    single = {d: _running(needed([out], above=IMAGE), inputs[d], out) for d, out in single.items()}
-    plain = {d: compile_nodes(needed([out], above=IMAGE), inputs[d], [out]) for d, out in plain.items()}
+    single = {d: _Later(_running, needed([out], above=IMAGE), inputs[d], out) for d, out in single.items()}
+    plain = {d: _Later(compile_nodes, needed([out], above=IMAGE), inputs[d], [out]) for d, out in plain.items()}
     statics = [p.value for p in parents.values() if p.level == STATIC]
     own = [p for t in statics for p in parts(t) if p.untyped_storage().data_ptr() not in tape.external]
     largest_bytes = max(_largest(n) for n in nodes if isinstance(n.value, Tensor) and not is_sparse(n.value))
-    return Program(prepare, single, plain, order, own, largest_bytes, tape.reads_image, tape.external)
+    program = Program(prepare, single, plain, order, own, largest_bytes, tape.reads_image, tape.external)
+    return program, computed[0]
+
+
+class _Later:
+    """A program that is made when it is first called."""
+
+    def __init__(self, make: Callable[..., Callable[..., tuple]], *args: Any) -> None:
+        self._make = functools.partial(make, *args)
+
+    @functools.cached_property
+    def _made(self) -> Callable[..., tuple]:
+        return self._make()
+
+    def __call__(self, *args: Tensor) -> tuple:
+        return self._made(*args)
 
 
 def _composed(tape: Tape, jvp: Node, vjp: Node, u: Node, order: list[int] | None) -> Node:

@@ -17,6 +17,8 @@ _COMPARING = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical
 
 def written(op: Any, args: tuple, kwargs: dict) -> dict[int | str, Tensor]:
     """The tensors that an operation writes to, by position or name."""
+    if not op._schema.is_mutable:
+        return {}
     found = {}
     for i, a in enumerate(op._schema.arguments):
         where = a.name if a.name in kwargs else i
