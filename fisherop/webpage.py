@@ -53,7 +53,7 @@ def page(
 
     The image and the distorted image are shown in place. There is a slider for the amplitude, which is given as a
     multiple of the model's threshold (d′ = 1) and as RMS; the two pictures blink on demand; and below stands the
-    certified table.
+    certified table. The tasks of a sweep that failed are listed at the end.
 
     Parameters
     ----------
@@ -108,6 +108,9 @@ def page(
                     "`indices`, fewer or smaller images, or float32"
                 )
             file.write(_section(entry, vrange).encode())
+        if isinstance(source, SweepResult) and source.failed:
+            items = "".join(f"<li>{escape(f'{one.image}: {one.name}: {one.error}')}</li>" for one in source.failed)
+            file.write(f"<section><h2>Tasks that failed</h2><ul>{items}</ul></section>\n".encode())
         file.write(tail.encode())
     return pathlib.Path(os.fsdecode(target))
 

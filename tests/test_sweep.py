@@ -124,6 +124,17 @@ def test_every_task_is_done_wherever_it_runs(where, tmp_path):
     assert len(stamps(tmp_path)) == len({one.file for one in kept}) == 9
 
 
+@pytest.mark.slow  # each task starts a process, which imports PyTorch
+def test_each_task_may_be_a_job_of_its_own(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
+    several, executor = images(2), submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
+    several[1] = torch.full_like(several[1], -1)
+    table = run(several, [build], executor=executor, store=tmp_path)
+    assert [one.error for one in table] == ["", "ValueError: this image is rejected"]
+    np.testing.assert_allclose(table[0].eigenvalues, run(several[:1], [build])[0].eigenvalues, rtol=1e-4)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("where", [no_executor, slow(spawned)])
 def test_workers_compute_on_the_device_that_is_asked_for(device, where):
@@ -520,4 +531,7 @@ def test_a_figure_and_a_page_of_a_sweep(tmp_path):
     with pytest.raises(ValueError, match="no task of the sweep is done"):
         plot.sweep(run(several[3:], [build]))
     text = plot.page(run(images(2), {"a & b": build}), tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "0: a &amp; b" in text and "1: a &amp; b" in text
+    assert "0: a &amp; b" in text and "1: a &amp; b" in text and "failed" not in text
+    some = run([several[0], several[3]], {"a & b": build})
+    text = plot.page(some, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h2>Tasks that failed</h2>" in text and "<li>1: a &amp; b: ValueError: this image is rejected</li>" in text
