@@ -65,6 +65,7 @@ ORDER = [
     "from_operator",
     "combinators",
     "pooled",
+    "models",
     "noise",
     "spaces",
     "basis",
@@ -158,6 +159,7 @@ def public():
     modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
     modules += [
         fisherop.combinators,
+        fisherop.models,
         fisherop.noise,
         fisherop.spaces,
         fisherop.curves,
