@@ -1,6 +1,7 @@
 """The order of imports, and everything that the README and the examples promise to run."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import inspect
@@ -147,6 +148,29 @@ def place(name):
     """Of the longest name in ORDER that a module's name begins with."""
     parts = name.split(".")[1:]
     return next(ORDER.index(".".join(parts[:i])) for i in range(len(parts), 0, -1) if ".".join(parts[:i]) in ORDER)
+
+
+def test_the_number_of_the_version_is_one():
+    for place, pattern in [
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("docs/conda-recipe/meta.yaml", r'^{% set version = "(.*)" %}$'),
+        ("CHANGELOG.md", r"^## ([\d.]+)"),
+    ]:
+        text = (ROOT / place).read_text(encoding="utf-8")
+        assert re.findall(pattern, text, re.M)[0] == fisherop.__version__, place
+
+
+def test_the_recipe_needs_what_setup_needs():
+    """Of conda's packages, which have names of their own, the same versions."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = {line.replace(">=", " >=") for line in config["options"]["install_requires"].split()}
+    wanted |= {f"python {config['options']['python_requires']}"}
+    names = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    recipe = (ROOT / "docs" / "conda-recipe" / "meta.yaml").read_text(encoding="utf-8")
+    (run,) = re.findall(r"^  run:\n((?:    - .*\n)+)", recipe, re.M)
+    found = {line.removeprefix("    - ") for line in run.splitlines()}
+    assert {" ".join([names.get(line.split()[0], line.split()[0]), *line.split()[1:]]) for line in found} == wanted
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
