@@ -58,9 +58,10 @@ def cluster(n_workers):
     import dask
     from distributed import Client, LocalCluster
 
-    environment = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
+    settings: dict = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_MEMORY.items()}
+    settings["distributed.worker.profile.enabled"] = False  # it stops the worker's thread a hundred times a second
     with (
-        dask.config.set(environment),
+        dask.config.set(settings),
         LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=None) as workers,
         Client(workers) as client,
     ):
