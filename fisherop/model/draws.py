@@ -100,11 +100,12 @@ class Watch(Mode):
             out = func(*args, **kwargs)
             if _state(kwargs.get("generator"), device) != before:  # it may draw with some arguments only
                 self._draws.append((str(func), before))
-        computes = any(isinstance(a, Tensor) and a.is_floating_point() | a.is_complex() for a in args)
+        # no generator, whose end would swallow an interrupt
+        numbers = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() | a.is_complex()]
         for part in out if isinstance(out, tuple | list) else (out,):
             if isinstance(part, Tensor) and not func.is_view:
                 self.bytes += part.numel() * part.element_size()
-                if computes and part.ndim > 0:
+                if numbers and part.ndim > 0:
                     self.precision = max(self.precision, epsilon(part.dtype))
         return out
 
