@@ -1,0 +1,50 @@
+"""Names in docstrings: `name` is a link where it is described in the reference, and code where it isn't.
+
+A name that begins with a public name of fisherop must be described, so that a misspelled one is an error; a parameter
+or a word of code, as `tol`, needs no description.
+"""
+
+import fisherop
+from sphinx.domains.python import PyXRefRole
+
+
+class Documented(PyXRefRole):
+    """The default role."""
+
+    def process_link(self, env, refnode, has_explicit_title, title, target):
+        refnode["by_default"] = True
+        return super().process_link(env, refnode, has_explicit_title, title, target)
+
+
+def resolve(app, env, node, contnode):
+    """What is left when Sphinx has looked in the module and the class that a docstring is of."""
+    if node.get("refdomain") != "py" or not node.get("by_default"):
+        return None
+    target, domain = node["reftarget"], env.domains["py"]
+    places = [f"{prefix}{target}" for prefix in ("fisherop.", "fisherop.plot.", f"fisherop.solvers.{target}.")]
+    if node.get("py:class"):
+        places.insert(0, f"{node['py:class']}.{target}")
+    for place in places:
+        if place in domain.objects:
+            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", place, node, contnode)
+    first = target.removeprefix("fisherop.").split(".")[0]
+    is_public = first in fisherop.__all__ or target.startswith("fisherop.")
+    return None if is_public else contnode
+
+
+def setup(app):
+    app.add_role_to_domain("py", "documented", Documented())
+    app.connect("missing-reference", resolve, priority=900)
+    app.connect("builder-inited", lambda app: _register())
+
+
+def _register():
+    from docutils.parsers.rst import roles
+
+    role = Documented()
+    role_for_docutils = lambda *args, **kwargs: _named(role, *args, **kwargs)  # noqa: E731
+    roles.register_local_role("documented", role_for_docutils)
+
+
+def _named(role, name, *args, **kwargs):
+    return role("py:documented", *args, **kwargs)
