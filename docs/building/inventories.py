@@ -5,21 +5,20 @@ They are turned into the files that intersphinx reads, so that the build needs n
 same everywhere. A name that isn't there is an unresolved reference, and so an error: add its line.
 """
 
-import pathlib
-import tempfile
 import zlib
+
+HEAD = "# Sphinx inventory version 2\n# Project: {}\n# Version: \n# The remainder of this file is compressed using zlib.\n"
 
 
 def mapping(folder):
-    made = pathlib.Path(tempfile.gettempdir()) / f"inventories-of-{abs(hash(str(folder.resolve()))) % 10**8}"
     found = {}
-    made.mkdir(exist_ok=True)
     for path in sorted(folder.glob("*.txt")):
-        address, *lines = path.read_text(encoding="utf-8").split("\n")
+        address, *lines = path.read_text(encoding="utf-8").splitlines()
         entries = [line.split() for line in lines if line.strip()]
         body = "".join(f"{name} {kind} 1 {page} -\n" for name, kind, page in entries)
-        head = f"# Sphinx inventory version 2\n# Project: {path.stem}\n# Version: \n# The remainder of this file is compressed using zlib.\n"
-        target = made / f"{path.stem}.inv"
-        target.write_bytes(head.encode() + zlib.compress(body.encode()))
-        found[path.stem] = (address.strip(), str(target))
+        written = HEAD.format(path.stem).encode() + zlib.compress(body.encode())
+        target = path.with_suffix(".inv")
+        if not target.exists() or target.read_bytes() != written:
+            target.write_bytes(written)
+        found[path.stem] = (address, f"{folder.name}/{target.name}")
     return found
