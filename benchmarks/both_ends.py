@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fisherop import ConvergenceError, FisherOperator, LayerResponse, eigenpairs, images
+from fisherop.models import OnOff
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 sys.path.append(str(pathlib.Path(__file__).parent))
-from models import OnOff
 from products import with_random_head
 
 SPECTRA = pathlib.Path(__file__).parents[1] / "tests" / "spectra"

@@ -4,15 +4,11 @@ Prints a Markdown table; the README's was made by it. Run with no argument, a fe
 """
 
 import importlib.util
-import pathlib
-import sys
 
 import torch
 
 from fisherop import ConvergenceError, FisherOperator, eigenpairs, images
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-from models import OnOff
+from fisherop.models import OnOff
 
 METHODS = ["exact", "golub_kahan", "eigsh", "lobpcg", "svds", "power", "randomized_svd"]
 if importlib.util.find_spec("primme"):

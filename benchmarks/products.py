@@ -28,10 +28,8 @@ from torch import Tensor, nn
 
 from fisherop import LayerResponse, linearize
 from fisherop.model.compat import differentiable
+from fisherop.models import OnOff
 from fisherop.testing import count_flops
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-from models import OnOff
 
 ENGINES = ("traced", "functional", "double_backward")
 

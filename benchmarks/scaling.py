@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import pathlib
 import resource
 import statistics
 import subprocess
@@ -26,9 +25,7 @@ import torch
 
 import fisherop
 from fisherop import FisherOperator, LayerResponse, eigenpairs, images, sweep
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-from models import OnOff
+from fisherop.models import OnOff
 
 MIB = 2**20
 LAYERS = ("maxpool", "layer1.0", "layer2.0")

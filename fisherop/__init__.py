@@ -10,11 +10,11 @@ of any matrix, and `certify` judges vectors that another solver found.
 `principal_distortions` finds the changes that tell two models, or several, apart best. `spectral_density` estimates how
 all eigenvalues are spread. `sweep` does many images, layers and models, here or on a cluster.
 
-Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.plot`
-(figures), `fisherop.stimuli` (pictures for an experiment), `fisherop.images` (photographs and test images),
-`fisherop.testing` (for your own tests), `fisherop.plenoptic` (the names of plenoptic), `fisherop.jacobian` (the
-protocol behind the operators) and `fisherop.combinators` (Jacobians made of others). They are loaded when they are
-first used.
+Modules: `fisherop.noise` and `fisherop.spaces` (noise of the response, subspaces of the image), `fisherop.models` (of
+early vision), `fisherop.plot` (figures), `fisherop.stimuli` (pictures for an experiment), `fisherop.images`
+(photographs and test images), `fisherop.testing` (for your own tests), `fisherop.plenoptic` (the names of plenoptic),
+`fisherop.jacobian` (the protocol behind the operators) and `fisherop.combinators` (Jacobians made of others). They are
+loaded when they are first used.
 """
 
 import importlib
@@ -63,7 +63,7 @@ __all__ = [
     "spectral_density",
     "sweep",
 ]
-_MODULES = ("combinators", "images", "jacobian", "noise", "plenoptic", "plot", "spaces", "stimuli", "testing")
+_MODULES = ("combinators", "images", "jacobian", "models", "noise", "plenoptic", "plot", "spaces", "stimuli", "testing")
 
 
 def __getattr__(name: str) -> Any:

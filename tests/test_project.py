@@ -1,6 +1,7 @@
 """The order of imports, and everything that the README and the examples promise to run."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import inspect
@@ -65,6 +66,7 @@ ORDER = [
     "from_operator",
     "combinators",
     "pooled",
+    "models",
     "noise",
     "spaces",
     "basis",
@@ -148,6 +150,29 @@ def place(name):
     return next(ORDER.index(".".join(parts[:i])) for i in range(len(parts), 0, -1) if ".".join(parts[:i]) in ORDER)
 
 
+def test_the_number_of_the_version_is_one():
+    for place, pattern in [
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("docs/conda-recipe/meta.yaml", r'^{% set version = "(.*)" %}$'),
+        ("CHANGELOG.md", r"^## ([\d.]+)"),
+    ]:
+        text = (ROOT / place).read_text(encoding="utf-8")
+        assert re.findall(pattern, text, re.M)[0] == fisherop.__version__, place
+
+
+def test_the_recipe_needs_what_setup_needs():
+    """Of conda's packages, which have names of their own, the same versions."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = {line.replace(">=", " >=") for line in config["options"]["install_requires"].split()}
+    wanted |= {f"python {config['options']['python_requires']}"}
+    names = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    recipe = (ROOT / "docs" / "conda-recipe" / "meta.yaml").read_text(encoding="utf-8")
+    (run,) = re.findall(r"^  run:\n((?:    - .*\n)+)", recipe, re.M)
+    found = {line.removeprefix("    - ") for line in run.splitlines()}
+    assert {" ".join([names.get(line.split()[0], line.split()[0]), *line.split()[1:]]) for line in found} == wanted
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
@@ -158,6 +183,7 @@ def public():
     modules = [fisherop, fisherop.images, fisherop.plot, fisherop.testing, fisherop.jacobian]
     modules += [
         fisherop.combinators,
+        fisherop.models,
         fisherop.noise,
         fisherop.spaces,
         fisherop.curves,

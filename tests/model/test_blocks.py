@@ -1,5 +1,9 @@
 """What makes products fast changes no result: memory that is used again, layouts, other forms of convolutions."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import DTYPES, assert_close
@@ -199,3 +203,25 @@ def test_a_product_may_be_what_was_passed_in():
         jv.zero_()
         products.zero_()
         assert torch.equal(v, kept)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it counts what Linux gives to a process")
+def test_products_of_blocks_reuse_their_memory():
+    """Fresh pages for every tensor of every product would take longer than what is computed."""
+    code = """
+import resource, torch
+from fisherop import linearize
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Conv2d(c, 16, 3, padding=1) for c in (1, 16, 16)), torch.nn.Tanh()).eval()
+x = torch.rand(1, 1, 96, 96)
+lin, v = linearize(x, model), torch.randn(8, *x.shape)
+for _ in range(3):
+    lin.normal(v)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    lin.normal(v)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    a_tensor = 8 * 16 * 96 * 96 * 4 / os.sysconf("SC_PAGE_SIZE")
+    assert float(done.stdout) < a_tensor / 4
