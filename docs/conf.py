@@ -6,8 +6,9 @@ import sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import fisherop  # noqa: E402
 from building import gallery, inventories, names  # noqa: E402
+
+import fisherop  # noqa: E402
 
 project = "fisherop"
 author = "the authors of fisherop"

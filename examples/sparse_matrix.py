@@ -29,8 +29,8 @@ print(f"A is {A.shape[0]} × {A.shape[1]}, with {A.nnz} elements that aren't zer
 # %%
 # Both ends at once
 # -----------------
-# The five largest and the five smallest. `tol` is relative to the square of the largest: what is *null to tol* is proven
-# to lie below the root of tol, 10⁻⁵ of the largest, and no more is known of it.
+# The five largest and the five smallest. `tol` is relative to the square of the largest: what is *null to tol* is
+# proven to lie below the root of tol, 10⁻⁵ of the largest, and no more is known of it.
 found = singular_triplets(A, k=5, tol=1e-10, rng=0)
 print(found)
 u, s, vh = found  # as of scipy.sparse.linalg.svds, but descending

@@ -45,8 +45,8 @@ for record in table:
 # %%
 # Pictures
 # --------
-# The models side by side, for one photograph, at one scale; and all six on a page to look at in a browser, with a slider
-# for the amplitude: one file, which needs no network.
+# The models side by side, for one photograph, at one scale; and all six on a page to look at in a browser, with a
+# slider for the amplitude: one file, which needs no network.
 chosen = [record for record in table if record.image == "face"]
 loaded = [table.load(record) for record in chosen]
 fisherop.plot.compare(loaded, [record.model for record in chosen], zoom=3).savefig("study_face.png")

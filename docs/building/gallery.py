@@ -1,7 +1,6 @@
 """The tutorials: how sphinx-gallery runs `examples/`, in which order, and where it finds their figures."""
 
 import pathlib
-import re
 import shutil
 
 from sphinx_gallery.scrapers import figure_rst
@@ -34,7 +33,7 @@ class Order:
 
 
 def saved(block, block_vars, gallery_conf):
-    """Show the figures that a block saved, below it. The examples save them in the working directory, which is theirs."""
+    """Show the figures that a block saved, below it: an example saves them in the working directory, its own folder."""
     paths = block_vars["image_path_iterator"]
     written = sorted(pathlib.Path(block_vars["src_file"]).parent.glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
     shown = []
@@ -59,7 +58,7 @@ def settings(docs):
     return {
         "examples_dirs": [str(docs.parent / "examples")],
         "gallery_dirs": [str(docs / "tutorials")],
-        "ignore_pattern": re.escape("examples/models.py") + "$",
+        "ignore_pattern": r"(^|/)models\.py$",
         "filename_pattern": "/",
         "within_subsection_order": "building.gallery.Order",
         "image_scrapers": ("building.gallery.saved",),

@@ -7,7 +7,11 @@ same everywhere. A name that isn't there is an unresolved reference, and so an e
 
 import zlib
 
-HEAD = "# Sphinx inventory version 2\n# Project: {}\n# Version: \n# The remainder of this file is compressed using zlib.\n"
+HEAD = """# Sphinx inventory version 2
+# Project: {}
+# Version:
+# The remainder of this file is compressed using zlib.
+"""
 
 
 def mapping(folder):

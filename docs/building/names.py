@@ -4,8 +4,9 @@ A name that begins with a public name of fisherop must be described, so that a m
 or a word of code, as `tol`, needs no description.
 """
 
-import fisherop
 from sphinx.domains.python import PyXRefRole
+
+import fisherop
 
 
 class Documented(PyXRefRole):
@@ -33,18 +34,5 @@ def resolve(app, env, node, contnode):
 
 
 def setup(app):
-    app.add_role_to_domain("py", "documented", Documented())
+    app.add_role_to_domain("py", "documented", Documented())  # the domain's, so that Sphinx finds it by this name alone
     app.connect("missing-reference", resolve, priority=900)
-    app.connect("builder-inited", lambda app: _register())
-
-
-def _register():
-    from docutils.parsers.rst import roles
-
-    role = Documented()
-    role_for_docutils = lambda *args, **kwargs: _named(role, *args, **kwargs)  # noqa: E731
-    roles.register_local_role("documented", role_for_docutils)
-
-
-def _named(role, name, *args, **kwargs):
-    return role("py:documented", *args, **kwargs)
