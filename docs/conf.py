@@ -39,6 +39,7 @@ intersphinx_disabled_reftypes = ["std:*"]
 autosummary_generate = False  # pages of the reference list what they describe
 autodoc_typehints = "none"  # shapes and types stand in the docstrings
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 numpydoc_show_class_members = False
 doctest_global_setup = "import fisherop"
 
