@@ -9,7 +9,9 @@ representations, NeurIPS 2017, in a minute or two; with random weights where tho
 """
 
 # %%
-# The photograph, in grey, as both models see it
+# The photograph
+# --------------
+# In grey, as both models see it.
 import time
 
 import torch
@@ -23,8 +25,10 @@ photograph = images.photograph(as_gray=True)[..., 90:344, 135:389]
 
 
 # %%
-# The models. VGG16 wants three channels, with the statistics of ImageNet; that is made part of the model, so that
-# both have the same pixels, and their distortions can be compared.
+# The models
+# ----------
+# VGG16 wants three channels, with the statistics of ImageNet; that is made part of the model, so that both have the
+# same pixels, and their distortions can be compared.
 class GreyToColour(nn.Module):
     def forward(self, x):
         return x.expand(-1, 3, -1, -1)
@@ -40,6 +44,8 @@ models = {
 
 # %%
 # Both ends of both spectra
+# -------------------------
+# The number of pairs and the tolerance are each model's own.
 eds = {}
 for (name, model), (k, tol) in zip(models.items(), ((3, 1e-5), (2, 1e-3)), strict=True):
     start = time.perf_counter()
@@ -47,11 +53,15 @@ for (name, model), (k, tol) in zip(models.items(), ((3, 1e-5), (2, 1e-3)), stric
     print(f"\n{name}: {time.perf_counter() - start:.0f} s\n{eds[name].result}")
 
 # %%
-# Side by side: the same scale for all, so that what is seen can be compared
+# Side by side
+# ------------
+# The same scale for all, so that what is seen can be compared.
 fisherop.plot.compare(list(eds.values()), list(eds), scale=15).savefig("berardino.png")
 fisherop.plot.eigendistortions(eds["On–Off"], (0, 1, -2, -1), scale=15).savefig("berardino_onoff.png")
 
 # %%
+# Each model's distortions, to the other
+# --------------------------------------
 # Does a model notice what the other one calls most, or least, noticeable? And how far does the linear picture reach?
 print(f"\nHow far a distortion of norm 1 moves each model's response: {' ' * 16}{'  '.join(models)}")
 for name, ed in eds.items():

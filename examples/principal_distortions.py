@@ -9,7 +9,9 @@ principal distortions, ICLR 2025.
 """
 
 # %%
-# Two models of the early visual system: what does the one notice that the other does not?
+# Two models of the early visual system
+# -------------------------------------
+# What does the one notice that the other does not?
 import torch
 from models import LinearNonlinear, LuminanceContrastGain, Normalise, OnOff, ResNet18, load_imagenet_weights
 from torch import nn
@@ -27,6 +29,8 @@ fisherop.plot.distortions(grey, found.distortions, titles).savefig("principal_fr
 
 # %%
 # Two layers of one network
+# -------------------------
+# In colour, of ResNet18.
 torch.manual_seed(0)
 network = ResNet18()
 print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
@@ -38,7 +42,9 @@ titles = ["maxpool notices it,\nlayer2.0 less", "layer2.0 notices it,\nmaxpool l
 fisherop.plot.distortions(colour, found.distortions, titles).savefig("principal_layers.png")
 
 # %%
-# Three models: the pair of distortions that they rank most differently
+# Three models
+# ------------
+# The pair of distortions that they rank most differently.
 names = ["On–Off", "linear–nonlinear", "with gain control"]
 models = [OnOff(), LinearNonlinear(), LuminanceContrastGain()]
 models = [model.double().eval() for model in models]

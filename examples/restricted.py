@@ -28,7 +28,9 @@ print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
 model = nn.Sequential(Normalise(), LayerResponse(network, "layer1")).double().eval()
 
 # %%
-# Subspaces: what lies outside is not in the search at all, so that no minimum is found there
+# Subspaces
+# ---------
+# What lies outside is not in the search at all, so that no minimum is found there.
 disc = np.hypot(*np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]) < 0.7
 cases = {
     "whole image": {},
@@ -39,8 +41,10 @@ cases = {
 
 
 # %%
-# A metric: ‖R z‖ counts as ‖z‖, R = W^(-1/2). With W the squared contrast sensitivity, unit distortions are equally
-# visible by that formula, and F says what the model notices of them.
+# A metric
+# --------
+# ‖R z‖ counts as ‖z‖, R = W^(-1/2). With W the squared contrast sensitivity, unit distortions are equally visible by
+# that formula, and F says what the model notices of them.
 def sensitivity(f):
     """Of Mannos and Sakrison, f in cycles per degree, relative to its peak; from 5 % of it."""
     curve = 2.6 * (0.0192 + 0.114 * f) * np.exp(-((0.114 * f) ** 1.1))
@@ -61,6 +65,8 @@ cases["contrast sensitivity"] = {"metric": LinearOperator((n, n), matvec=apply, 
 
 # %%
 # The same model, and five questions
+# ----------------------------------
+# Each is a search of its own.
 eds = {name: Eigendistortion(photograph, model, **case).synthesize(tol=1e-4, rng=0) for name, case in cases.items()}
 for name, ed in eds.items():
     top, bottom = ed.result.eigenvalues[[0, -1]]

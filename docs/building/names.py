@@ -22,7 +22,9 @@ def resolve(app, env, node, contnode):
     if node.get("refdomain") != "py" or not node.get("by_default"):
         return None
     target, domain = node["reftarget"], env.domains["py"]
-    places = [f"{prefix}{target}" for prefix in ("fisherop.", "fisherop.plot.", f"fisherop.solvers.{target}.")]
+    places = [f"fisherop.solvers.{target}.{target}"]
+    if target not in fisherop._MODULES:  # `noise` is also a word of a result
+        places.append(f"fisherop.{target}")
     if node.get("py:class"):
         places.insert(0, f"{node['py:class']}.{target}")
     for place in places:
