@@ -299,6 +299,21 @@ def test_readme_code(tmp_path):
     run(["-c", "\n".join(blocks)], tmp_path)
 
 
+def test_the_reference_has_every_public_name():
+    pages = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.rst"))
+    described = set(re.findall(r"^\.\. auto(?:class|function|exception):: ([\w.]+)", pages, re.M))
+    described = {name.rpartition(".")[2] for name in described}
+    wanted = set(fisherop.__all__) | set(fisherop.plot.__all__)
+    for name in fisherop._MODULES:
+        module = importlib.import_module(f"fisherop.{name}")
+        wanted |= {
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
+        }
+    assert wanted <= described
+
+
 START = ROOT / "docs" / "start.md"
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if python_of(p)]
 
