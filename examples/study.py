@@ -20,7 +20,7 @@ import fisherop.plot
 from fisherop import images, stimuli, sweep
 
 photograph = images.photograph(as_gray=True, dtype=torch.float64)
-corners = {"face": (100, 200), "shirt": (400, 200), "background": (40, 20)}
+corners = {"eye": (160, 185), "mouth": (245, 230), "ribbons": (485, 360)}
 photographs = {name: photograph[..., y : y + 64, x : x + 64] for name, (y, x) in corners.items()}
 models = {"On–Off": OnOff().double().eval(), "linear–nonlinear": LinearNonlinear().double().eval()}
 
@@ -47,9 +47,9 @@ for record in table:
 # --------
 # The models side by side, for one photograph, at one scale; and all six on a page to look at in a browser, with a
 # slider for the amplitude: one file, which needs no network.
-chosen = [record for record in table if record.image == "face"]
+chosen = [record for record in table if record.image == "eye"]
 loaded = [table.load(record) for record in chosen]
-fisherop.plot.compare(loaded, [record.model for record in chosen], zoom=3).savefig("study_face.png")
+fisherop.plot.compare(loaded, [record.model for record in chosen], zoom=3).savefig("study_eye.png")
 fisherop.plot.page(table, "study.html")
 
 # %%
@@ -65,4 +65,4 @@ for record, ed in zip(chosen, loaded, strict=True):
         for row in csv.DictReader(file):
             numbers = "  ".join(f"{float(row[key]):>9.3g}" for key in ("rms", "predicted", "actual"))
             print(f"{row['file']:>20}  {numbers}")
-print("\nFigures: study_thresholds.png, study_face.png")
+print("\nFigures: study_thresholds.png, study_eye.png")

@@ -4,6 +4,10 @@ import pathlib
 import shutil
 
 from sphinx_gallery.scrapers import figure_rst
+from tqdm.auto import tqdm
+
+import fisherop.progress
+import fisherop.sweeps
 
 ORDER = [
     "quickstart",
@@ -44,7 +48,7 @@ def saved(block, block_vars, gallery_conf):
 
 
 def clean(gallery_conf, fname):
-    """Remove what an example left, so that each begins as it would in a folder of its own."""
+    """Remove what an example left, so that each begins as it would in a folder of its own, and show no progress bars."""
     examples = pathlib.Path(gallery_conf["src_dir"]).parent / "examples"
     for one in examples.glob("*.png"):
         one.unlink()
@@ -52,6 +56,12 @@ def clean(gallery_conf, fname):
         shutil.rmtree(examples / name, ignore_errors=True)
     for one in ("study.html", "study.csv"):
         (examples / one).unlink(missing_ok=True)
+    fisherop.progress.tqdm = fisherop.sweeps.tqdm = quiet
+
+
+def quiet(*args, disable=False, **options):
+    """A progress bar that isn't shown: on a page nobody waits."""
+    return tqdm(*args, disable=True, **options)
 
 
 def settings(docs):
