@@ -48,7 +48,7 @@ def saved(block, block_vars, gallery_conf):
 
 
 def clean(gallery_conf, fname):
-    """Remove what an example left, so that each begins as it would in a folder of its own, and show no progress bars."""
+    """Remove what an example left, so that each begins as in a folder of its own, and show no progress bars."""
     examples = pathlib.Path(gallery_conf["src_dir"]).parent / "examples"
     for one in examples.glob("*.png"):
         one.unlink()
