@@ -64,5 +64,5 @@ for record, ed in zip(chosen, loaded, strict=True):
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             numbers = "  ".join(f"{float(row[key]):>9.3g}" for key in ("rms", "predicted", "actual"))
-            print(f"{row['file']:>20}  {numbers}")
+            print(f"{row['file'].removesuffix('.png'):>20}  {numbers}")
 print("\nFigures: study_thresholds.png, study_eye.png")
