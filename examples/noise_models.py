@@ -1,6 +1,14 @@
-"""How the noise of the responses changes what a model notices: the same model, four assumptions, and a classifier."""
+"""
+The noise of the responses
+==========================
 
-# %% The On–Off model of the early visual system. Its responses are rates: Poisson noise lets a weak one tell more.
+How the noise of the responses changes what a model notices: the same model, four assumptions, and a classifier.
+"""
+
+# %%
+# Four kinds of noise
+# -------------------
+# The On–Off model of the early visual system. Its responses are rates: Poisson noise lets a weak one tell more.
 import torch
 from models import Normalise, OnOff, ResNet18, load_imagenet_weights
 from torch import nn
@@ -30,7 +38,10 @@ for name, ed in eds.items():
 print("Beyond that, ed.response_change tells how far the response moves in truth.")
 fisherop.plot.compare(list(eds.values()), list(eds), zoom=3).savefig("noise_models.png")
 
-# %% A classifier gives probabilities. What changes them most? Only differences of the logits count, so that the
+# %%
+# A classifier
+# ------------
+# A classifier gives probabilities. What changes them most? Only differences of the logits count, so that the
 # information has rank M − 1 = 999, and nearly all changes of 3 × 51 × 51 pixels are not noticed at all.
 torch.manual_seed(0)
 network = ResNet18()

@@ -1,10 +1,17 @@
-"""The changes of a photograph that tell models apart best: two of early vision, two layers of ResNet18, three models.
+"""
+What tells models apart
+=======================
+
+The changes of a photograph that tell models apart best: two of early vision, two layers of ResNet18, three models.
 
 J. Feather, D. Lipshutz, S. E. Harvey, A. H. Williams and E. P. Simoncelli, Discriminating image representations with
 principal distortions, ICLR 2025.
 """
 
-# %% Two models of the early visual system: what does the one notice that the other does not?
+# %%
+# Two models of the early visual system
+# -------------------------------------
+# What does the one notice that the other does not?
 import torch
 from models import LinearNonlinear, LuminanceContrastGain, Normalise, OnOff, ResNet18, load_imagenet_weights
 from torch import nn
@@ -20,7 +27,10 @@ print("A is On–Off, B the linear–nonlinear model\n", found, "\n", sep="")
 titles = ["On–Off notices it,\nthe linear–nonlinear model less", "the linear–nonlinear model\nnotices it, On–Off less"]
 fisherop.plot.distortions(grey, found.distortions, titles).savefig("principal_front_ends.png")
 
-# %% Two layers of one network
+# %%
+# Two layers of one network
+# -------------------------
+# In colour, of ResNet18.
 torch.manual_seed(0)
 network = ResNet18()
 print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
@@ -31,7 +41,10 @@ print("A is maxpool, B is layer2.0\n", found, "\n", sep="")
 titles = ["maxpool notices it,\nlayer2.0 less", "layer2.0 notices it,\nmaxpool less"]
 fisherop.plot.distortions(colour, found.distortions, titles).savefig("principal_layers.png")
 
-# %% Three models: the pair of distortions that they rank most differently
+# %%
+# Three models
+# ------------
+# The pair of distortions that they rank most differently.
 names = ["On–Off", "linear–nonlinear", "with gain control"]
 models = [OnOff(), LinearNonlinear(), LuminanceContrastGain()]
 models = [model.double().eval() for model in models]

@@ -1,4 +1,9 @@
-"""The most and the least noticeable change of a photograph, for a model of the early visual system."""
+"""
+A photograph and its extremes, in ten lines
+===========================================
+
+The most and the least noticeable change of a photograph, for a model of the early visual system.
+"""
 
 import torch
 from models import OnOff

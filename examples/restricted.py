@@ -1,4 +1,8 @@
-"""Eigendistortions within an aperture, achromatic, of low frequencies, and in a metric of contrast sensitivity.
+"""
+Apertures, colours, frequencies, and another metric
+===================================================
+
+Eigendistortions within an aperture, achromatic, of low frequencies, and in a metric of contrast sensitivity.
 
 J. L. Mannos and D. J. Sakrison, The effects of a visual fidelity criterion on the encoding of images, IEEE Trans. Inf.
 Theory 20 (1974): the sensitivity of people to a grating of f cycles per degree is 2.6 (0.0192 + 0.114 f)
@@ -23,7 +27,10 @@ network = ResNet18()
 print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
 model = nn.Sequential(Normalise(), LayerResponse(network, "layer1")).double().eval()
 
-# %% Subspaces: what lies outside is not in the search at all, so that no minimum is found there
+# %%
+# Subspaces
+# ---------
+# What lies outside is not in the search at all, so that no minimum is found there.
 disc = np.hypot(*np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]) < 0.7
 cases = {
     "whole image": {},
@@ -33,8 +40,11 @@ cases = {
 }
 
 
-# %% A metric: ‖R z‖ counts as ‖z‖, R = W^(-1/2). With W the squared contrast sensitivity, unit distortions are equally
-# visible by that formula, and F says what the model notices of them.
+# %%
+# A metric
+# --------
+# ‖R z‖ counts as ‖z‖, R = W^(-1/2). With W the squared contrast sensitivity, unit distortions are equally visible by
+# that formula, and F says what the model notices of them.
 def sensitivity(f):
     """Of Mannos and Sakrison, f in cycles per degree, relative to its peak; from 5 % of it."""
     curve = 2.6 * (0.0192 + 0.114 * f) * np.exp(-((0.114 * f) ** 1.1))
@@ -53,7 +63,10 @@ def apply(z):
 n = photograph.numel()
 cases["contrast sensitivity"] = {"metric": LinearOperator((n, n), matvec=apply, rmatvec=apply, dtype=np.float64)}
 
-# %% The same model, and five questions
+# %%
+# The same model, and five questions
+# ----------------------------------
+# Each is a search of its own.
 eds = {name: Eigendistortion(photograph, model, **case).synthesize(tol=1e-4, rng=0) for name, case in cases.items()}
 for name, ed in eds.items():
     top, bottom = ed.result.eigenvalues[[0, -1]]

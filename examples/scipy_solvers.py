@@ -1,6 +1,14 @@
-"""The operators in other people's solvers: SciPy's, PRIMME and PyLops; each answer certified by fresh products."""
+"""
+The operators in other people's solvers
+=======================================
 
-# %% A model, and an image with dark and bright parts
+The operators in other people's solvers: SciPy's, PRIMME and PyLops; each answer certified by fresh products.
+"""
+
+# %%
+# A model, and an image
+# ---------------------
+# The image has dark and bright parts.
 import importlib.util
 import warnings
 
@@ -36,7 +44,10 @@ def report(name, solve, index):
 
 print(f"\n{'':<32} products  {'λ / λ_max':<20} {'residuals':<14} status")
 
-# %% scipy.sparse.linalg.eigsh: the implicitly restarted Lanczos method of ARPACK, one end at a time. Its tolerance is
+# %%
+# eigsh
+# -----
+# ``scipy.sparse.linalg.eigsh``: the implicitly restarted Lanczos method of ARPACK, one end at a time. Its tolerance is
 # relative to each eigenvalue, which takes forever where that is zero; in scale I - F the smallest of F are the largest.
 start = rng.standard_normal(n)
 largest = report("eigsh, largest", lambda: eigsh(F, 1, which="LA", v0=start)[1], [0])
@@ -46,7 +57,10 @@ report("eigsh, smallest", lambda: eigsh(F, 1, which="SA", v0=start, tol=1e-3)[1]
 report("eigsh, smallest, shifted", lambda: eigsh(shifted, 1, which="LA", v0=start, tol=1e-7)[1], [-1])
 
 
-# %% scipy.sparse.linalg.lobpcg, with a preconditioner. F is no matrix, but the mean of v ⊙ F v over random signs v
+# %%
+# lobpcg
+# ------
+# ``scipy.sparse.linalg.lobpcg``, with a preconditioner. F is no matrix, but the mean of v ⊙ F v over random signs v
 # estimates its diagonal (C. Bekas, E. Kokiopoulou and Y. Saad, Appl. Numer. Math. 57, 2007).
 def stochastic_diagonal(operator, samples):
     signs = rng.choice([-1.0, 1.0], (operator.shape[0], samples))
@@ -63,10 +77,16 @@ with warnings.catch_warnings():
     report("lobpcg, smallest", lambda: lobpcg(F, block.copy(), **options)[1][:, :1], [-1])
     report("lobpcg, preconditioned", lambda: lobpcg(F, block.copy(), M=M, **options)[1][:, :1], [-1])
 
-# %% scipy.sparse.linalg.svds: singular vectors of J, which are the eigenvectors of F
+# %%
+# svds
+# ----
+# ``scipy.sparse.linalg.svds``: singular vectors of J, which are the eigenvectors of F.
 report("svds, largest", lambda: svds(J, 1, rng=0)[2].T, [0])
 
-# %% PRIMME, where it is installed
+# %%
+# PRIMME
+# ------
+# Where it is installed.
 if importlib.util.find_spec("primme"):
     import primme
 
@@ -74,7 +94,10 @@ if importlib.util.find_spec("primme"):
 else:
     print("PRIMME is not installed: pip install primme")
 
-# %% scipy.sparse.linalg.lsmr: what of a change of an image does a layer of fewer responses than pixels not notice? The
+# %%
+# lsmr
+# ----
+# ``scipy.sparse.linalg.lsmr``: what of a change of an image does a layer of fewer responses than pixels not notice? The
 # change less its part in the row space of J, which is the shortest x with J x = J change.
 torch.manual_seed(0)
 photograph = images.photograph(dtype=torch.float64)[..., 190:222, 218:250]
@@ -89,7 +112,10 @@ print(f"\nlsmr, J {J.shape[0]} × {J.shape[1]}, {iterations} iterations: of a ch
 print(f"norm {norms[1]:.3g} is in the null space of J, and moves the response by {norms[2]:.0e}; the rest, at the")
 print(f"same norm, by {norms[3]:.2g}.")
 
-# %% PyLops, where it is installed, has solvers of its own
+# %%
+# PyLops
+# ------
+# Where it is installed: it has solvers of its own.
 if importlib.util.find_spec("pylops"):
     import pylops
 

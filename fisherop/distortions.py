@@ -105,8 +105,8 @@ class Distortions(BuiltAnew):
         Returns
         -------
         predicted, actual : ndarray of the shape of `scale`
-            √λ · |scale|, and ‖f(image + scale · distortion) − f(image)‖₂, both in units of the noise at the image. The
-            latter is only rounding if it is below the resolution of f in the image's dtype.
+            ``√λ · |scale|``, and ‖f(image + scale · distortion) − f(image)‖₂, both in units of the noise at the image.
+            The latter is only rounding if it is below the resolution of f in the image's dtype.
 
         Raises
         ------

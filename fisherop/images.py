@@ -24,7 +24,7 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (..., *size)
+    Tensor, shape ``(..., *size)``
 
     Raises
     ------

@@ -72,8 +72,8 @@ class Eigendistortion(fisherop.eigendistortion.Eigendistortion):
             the model's response differs, the pairs are certified anew by its products, and `result` says what holds.
             Another device or dtype is an error all the same.
         tensor_equality_atol, tensor_equality_rtol : float
-            The image may differ from the file's by atol + rtol |x| in each element x. The response, of which the file
-            holds a fingerprint alone, may differ from the file's y by atol √M + rtol ‖y‖ in norm.
+            The image may differ from the file's by ``atol + rtol |x|`` in each element x. The response, of which the
+            file holds a fingerprint alone, may differ from the file's y by atol √M + rtol ‖y‖ in norm.
 
         Returns
         -------

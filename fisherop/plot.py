@@ -207,7 +207,7 @@ def distortions(
     ----------
     image : Tensor or array_like, shape image_shape
         Grey, ``(..., height, width)``, or in colour, ``(..., 3, height, width)``.
-    changes : Tensor or array_like, shape (K, *image_shape)
+    changes : Tensor or array_like, shape ``(K, *image_shape)``
         As of `principal_distortions`, or of ``operator.to_tensors(result.eigenvectors)``.
     titles : sequence of str, optional
         For each change.

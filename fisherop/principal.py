@@ -33,7 +33,7 @@ class PrincipalDistortions:
     eigenvalues : ndarray, shape (K,)
         Quotients of F_A / λ_A + ε I by F_B / λ_B + ε I, λ_A and λ_B the largest eigenvalues of F_A and F_B,
         descending: above 1 model A notices the distortion more, in these units.
-    distortions : Tensor, shape (K, *image_shape)
+    distortions : Tensor, shape ``(K, *image_shape)``
         Of unit Euclidean norm.
     error_bounds : ndarray, shape (K,)
         Relative: within that of each there is an eigenvalue. The true error is usually far smaller.

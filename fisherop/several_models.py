@@ -34,7 +34,7 @@ class PrincipalPair:
 
     Attributes
     ----------
-    distortions : Tensor, shape (2, *image_shape)
+    distortions : Tensor, shape ``(2, *image_shape)``
         a and b, of unit Euclidean norm. Exchanging them changes nothing: a is the one that the first model notices
         more, relative to the mean of the models.
     value : float

@@ -288,8 +288,44 @@ def test_networks_have_the_published_size(monkeypatch):
     assert models.ResNet18().eval()(torch.rand(1, 3, 40, 40)).shape == (1, 1000)
 
 
+def python_of(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M)
+
+
 def test_readme_code(tmp_path):
     """All of the README's Python, top to bottom, as one script."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = python_of(ROOT / "README.md")
     assert len(blocks) >= 3
+    run(["-c", "\n".join(blocks)], tmp_path)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.rst"))
+    described = set(re.findall(r"^\.\. auto(?:class|function|exception):: ([\w.]+)", pages, re.M))
+    described = {name.rpartition(".")[2] for name in described}
+    wanted = set(fisherop.__all__) | set(fisherop.plot.__all__)
+    for name in fisherop._MODULES:
+        module = importlib.import_module(f"fisherop.{name}")
+        wanted |= {
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
+        }
+    assert wanted <= described
+
+
+START = ROOT / "docs" / "start.md"
+PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if python_of(p)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.relative_to(ROOT / "docs").as_posix(), marks=[pytest.mark.slow] if p != START else [])
+        for p in PAGES
+    ],
+)
+def test_code_of_the_site(path, tmp_path):
+    """A page's Python, top to bottom, after the block of the start page that makes `image`, `model` and `ed`."""
+    blocks = python_of(path) if path == START else [python_of(START)[0], *python_of(path)]
     run(["-c", "\n".join(blocks)], tmp_path)

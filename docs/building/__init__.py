@@ -1,0 +1,1 @@
+"""What the build of the site takes beside Sphinx and its extensions."""
