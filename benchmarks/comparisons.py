@@ -22,13 +22,13 @@ from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import models
+import networks
 
 import fisherop
 from fisherop import FisherOperator, LayerResponse, eigenpairs, images, principal_distortions, principal_pair, spaces
 
 EPS = 1e-3
-FRONT = {"onoff": "OnOff", "ln": "LinearNonlinear", "lg": "LuminanceGain", "lgg": "LuminanceContrastGain"}
+FRONT = {"onoff": "OnOff", "ln": "LinearNonlinear", "lg": "LuminanceGainControl", "lgg": "LuminanceContrastGainControl"}
 NETWORKS = {
     "vgg11": ("VGG16Features", "features.11"),
     "maxpool": ("ResNet18", "maxpool"),
@@ -52,10 +52,10 @@ def factor(name: str, size: int, grey: bool) -> np.ndarray:
     """R (N, N) of J = Q R, J that of a model at a photograph."""
     torch.manual_seed(0)
     if name in FRONT:
-        model: nn.Module = getattr(models, FRONT[name])()
+        model: nn.Module = getattr(fisherop.models, FRONT[name])()
     else:
         kind, layer = NETWORKS[name]
-        network = nn.Sequential(*[Thrice()] * grey, models.Normalise(), getattr(models, kind)())
+        network = nn.Sequential(*[Thrice()] * grey, networks.Normalise(), getattr(networks, kind)())
         model = LayerResponse(network, f"{1 + grey}.{layer}")
     image = images.photograph(as_gray=grey, size=size, dtype=torch.float64)
     dense = FisherOperator(image, model.double().eval()).jacobian.to_dense()
@@ -176,7 +176,7 @@ def peak(count: int, memory: int) -> float:
 
 def one(count: int, memory: int) -> None:
     torch.manual_seed(0)
-    model = LayerResponse(nn.Sequential(models.Normalise(), models.ResNet18()), "1.layer2.0").eval()
+    model = LayerResponse(nn.Sequential(networks.Normalise(), networks.ResNet18()), "1.layer2.0").eval()
     several = list(torch.rand(count, 1, 3, 64, 64))
     F = FisherOperator.pooled(several, model, memory=memory)
     eigenpairs(F, which="largest", method="golub_kahan", tol=1e-2, rng=0, progress=False)

@@ -15,11 +15,12 @@ representations, NeurIPS 2017, in a minute or two; with random weights where tho
 import time
 
 import torch
-from models import Normalise, OnOff, VGG16Features, load_imagenet_weights
+from networks import Normalise, VGG16Features, load_imagenet_weights
 from torch import nn
 
 import fisherop.plot
 from fisherop import Eigendistortion, LayerResponse, images
+from fisherop.models import OnOff
 
 photograph = images.photograph(as_gray=True)[..., 90:344, 135:389]
 

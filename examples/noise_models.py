@@ -10,12 +10,13 @@ How the noise of the responses changes what a model notices: the same model, fou
 # -------------------
 # The On–Off model of the early visual system. Its responses are rates: Poisson noise lets a weak one tell more.
 import torch
-from models import Normalise, OnOff, ResNet18, load_imagenet_weights
+from networks import Normalise, ResNet18, load_imagenet_weights
 from torch import nn
 from torch.nn import functional
 
 import fisherop.plot
 from fisherop import Eigendistortion, images, noise
+from fisherop.models import OnOff
 
 face = images.photograph(dtype=torch.float64)[..., 110:366, 130:386]
 photograph = functional.avg_pool2d(face.mean(1, keepdim=True), 4)

@@ -13,12 +13,13 @@ principal distortions, ICLR 2025.
 # -------------------------------------
 # What does the one notice that the other does not?
 import torch
-from models import LinearNonlinear, LuminanceContrastGain, Normalise, OnOff, ResNet18, load_imagenet_weights
+from networks import Normalise, ResNet18, load_imagenet_weights
 from torch import nn
 from torch.nn import functional
 
 import fisherop.plot
 from fisherop import LayerResponse, images, principal_distortions
+from fisherop.models import LinearNonlinear, LuminanceContrastGainControl, OnOff
 
 face = images.photograph(dtype=torch.float64)[..., 110:366, 130:386]
 grey = functional.avg_pool2d(face.mean(1, keepdim=True), 5)
@@ -46,7 +47,7 @@ fisherop.plot.distortions(colour, found.distortions, titles).savefig("principal_
 # ------------
 # The pair of distortions that they rank most differently.
 names = ["On–Off", "linear–nonlinear", "with gain control"]
-models = [OnOff(), LinearNonlinear(), LuminanceContrastGain()]
+models = [OnOff(), LinearNonlinear(), LuminanceContrastGainControl()]
 models = [model.double().eval() for model in models]
 pair = principal_distortions(grey, models, rng=0, tol=1e-3, n_starts=2)
 print(pair)

@@ -6,10 +6,10 @@ The most and the least noticeable change of a photograph, for a model of the ear
 """
 
 import torch
-from models import OnOff
 
 import fisherop.plot
 from fisherop import Eigendistortion, images
+from fisherop.models import OnOff
 
 image = images.photograph(as_gray=True, size=96, dtype=torch.float64)
 ed = Eigendistortion(image, OnOff().double().eval()).synthesize(rng=0)

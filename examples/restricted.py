@@ -11,7 +11,7 @@ exp(−(0.114 f)^1.1).
 
 import numpy as np
 import torch
-from models import Normalise, ResNet18, load_imagenet_weights
+from networks import Normalise, ResNet18, load_imagenet_weights
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.nn import functional

@@ -14,11 +14,12 @@ import warnings
 
 import numpy as np
 import torch
-from models import OnOff, ResNet18
+from networks import ResNet18
 from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg, lsmr, svds
 
 import fisherop.plot
 from fisherop import FisherOperator, JacobianOperator, LayerResponse, certify, images
+from fisherop.models import OnOff
 from fisherop.testing import check_adjoint
 
 shirt = images.photograph(as_gray=True, dtype=torch.float64)[..., 400:448, 200:248]

@@ -6,12 +6,13 @@ The whole spectrum: how many directions does a model not notice, and how far doe
 """
 
 import torch
-from models import LuminanceGain, Normalise, OnOff, ResNet18, load_imagenet_weights
+from networks import Normalise, ResNet18, load_imagenet_weights
 from torch import nn
 from torch.nn import functional
 
 import fisherop.plot
 from fisherop import Eigendistortion, FisherOperator, LayerResponse, images, spectral_density
+from fisherop.models import LuminanceGainControl, OnOff
 
 # %%
 # Three spectra
@@ -25,7 +26,7 @@ print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
 layer = nn.Sequential(Normalise(), LayerResponse(network, "layer2.0")).double().eval()
 operators = {
     "On–Off": FisherOperator(grey, OnOff().double().eval()),
-    "luminance gain": FisherOperator(grey, LuminanceGain().double().eval()),
+    "luminance gain": FisherOperator(grey, LuminanceGainControl().double().eval()),
     "ResNet18 layer2.0": FisherOperator(colour, layer),
 }
 densities = {name: spectral_density(F, n_probes=5, n_steps=100, rng=0) for name, F in operators.items()}

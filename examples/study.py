@@ -14,10 +14,10 @@ response to change by 1, and pictures for an experiment.
 import csv
 
 import torch
-from models import LinearNonlinear, OnOff
 
 import fisherop.plot
 from fisherop import images, stimuli, sweep
+from fisherop.models import LinearNonlinear, OnOff
 
 photograph = images.photograph(as_gray=True, dtype=torch.float64)
 corners = {"eye": (160, 185), "mouth": (245, 230), "ribbons": (485, 360)}

@@ -10,11 +10,12 @@ Two layers of ResNet18 as models of what people notice in a picture, in colour a
 # ------------
 # Three channels, values from 0 to 1.
 import torch
-from models import Normalise, OnOff, ResNet18, load_imagenet_weights
+from networks import Normalise, ResNet18, load_imagenet_weights
 from torch import nn
 
 import fisherop.plot
 from fisherop import Eigendistortion, JacobianOperator, LayerResponse, images
+from fisherop.models import OnOff
 
 photograph = images.photograph()[..., 150:278, 198:326]
 print(f"Image: {tuple(photograph.shape)}, from {photograph.min():.2g} to {photograph.max():.2g}")

@@ -6,10 +6,10 @@ One change that a model notices most in many photographs, on average, and one th
 """
 
 import torch
-from models import OnOff
 
 import fisherop.plot
 from fisherop import Eigendistortion, FisherOperator, eigenpairs, images
+from fisherop.models import OnOff
 
 # %%
 # Twelve patches
