@@ -271,8 +271,8 @@ def test_examples(path, tmp_path):
 def test_networks_take_the_weights_of_torchvision(name, own, monkeypatch):
     torchvision = pytest.importorskip("torchvision", reason="torchvision is an optional neighbour")
     monkeypatch.syspath_prepend(ROOT / "examples")
-    models = importlib.import_module("models")
-    theirs, ours = getattr(torchvision.models, name)().eval(), getattr(models, own)().eval()
+    networks = importlib.import_module("networks")
+    theirs, ours = getattr(torchvision.models, name)().eval(), getattr(networks, own)().eval()
     state = {key: value for key, value in theirs.state_dict().items() if own == "ResNet18" or "features" in key}
     ours.load_state_dict(state)
     image = torch.rand(1, 3, 64, 64)
@@ -282,10 +282,10 @@ def test_networks_take_the_weights_of_torchvision(name, own, monkeypatch):
 
 def test_networks_have_the_published_size(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    models = importlib.import_module("models")
-    sizes = {own: sum(p.numel() for p in getattr(models, own)().parameters()) for own in ("ResNet18", "VGG16Features")}
+    networks = importlib.import_module("networks")
+    sizes = {own: sum(p.numel() for p in getattr(networks, own)().parameters()) for own in ("ResNet18", "VGG16Features")}
     assert sizes == {"ResNet18": 11_689_512, "VGG16Features": 14_714_688}
-    assert models.ResNet18().eval()(torch.rand(1, 3, 40, 40)).shape == (1, 1000)
+    assert networks.ResNet18().eval()(torch.rand(1, 3, 40, 40)).shape == (1, 1000)
 
 
 def python_of(path):
