@@ -53,8 +53,8 @@ def spectrum(
     Returns
     -------
     Figure
-        Where there are up to three pairs at each end and others between, two panels, one for each end; else one, in
-        which indices are relative to N − 1 where their N differ.
+        Where there are up to three pairs at each end, and not all, a panel for each end; else one panel, in which
+        indices are relative to N − 1 where the results' N differ.
 
     Raises
     ------
@@ -65,22 +65,33 @@ def spectrum(
     results = checks.several("results", results, EigenResult, "an EigenResult, or a sequence of at least one")
     names = [result.method for result in results] if names is None else names
     names = checks.several("names", names, str, f"a text for each of the {len(results)} results", len(results))
-    has_few = all(1 <= chosen.sum() <= 3 for result in results for chosen in _ends(result))
-    sizes = {result.image_size for result in results}
-    with printed(width, fontsize, titles, ncols=1 + has_few, sharey=True, squeeze=False) as (figure, grid):
-        for number, (result, name) in enumerate(zip(results, names, strict=True)):
-            prefix, last = f"{name}, " if len(results) > 1 else "", result.image_size - 1
-            shift = 0.15 * (number - (len(results) - 1) / 2) * has_few
-            for ax, chosen in zip(
-                grid[0], _ends(result) if has_few else [np.isfinite(result.eigenvalues)], strict=True
-            ):
-                x = result.eigenindex + shift
-                if ax is not grid[0, 0]:
-                    x -= last
-                elif len(sizes) > 1 and not has_few:
-                    x /= max(last, 1)
+    ends = [_ends(result) for result in results]
+    is_complete = any(len(result.eigenvalues) == result.image_size for result in results)
+    has_few = not is_complete and max(chosen.sum() for pair in ends for chosen in pair) <= 3
+    places = [i for i in (0, 1) if any(pair[i].any() for pair in ends)] if has_few else [None]
+    relative = len({result.image_size for result in results}) > 1
+    with printed(width, fontsize, titles, ncols=len(places), sharey=True, squeeze=False) as (figure, (axes,)):
+        for ax, place in zip(axes, places, strict=True):
+            for number, (result, name) in enumerate(zip(results, names, strict=True)):
+                last, prefix = result.image_size - 1, f"{name}, " if len(results) > 1 else ""
+                if place is None:
+                    x, chosen = result.eigenindex / (max(last, 1) if relative else 1), np.isfinite(result.eigenvalues)
+                else:
+                    x, chosen = result.eigenindex - last * place, ends[number][place]
+                    x = x + 0.15 * (number - (len(results) - 1) / 2)  # beside each other
                 _draw_spectrum(ax, result, x, chosen, cycle(number), prefix)
-        _label_spectrum(grid[0], results, has_few)
+            last = results[0].image_size - 1
+            if place is None:
+                ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
+                ax.set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
+            else:
+                ticks = np.arange(max(pair[place].sum() for pair in ends)) * (1 - 2 * place)
+                labels = [f"{i + last * place}" if place == 0 or not relative else f"N − {1 - i}" for i in ticks]
+                ax.set_xticks(ticks, labels)
+                ax.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
+                ax.set_xlabel(f"eigenindex, {('largest', 'smallest')[place]}")
+        axes[0].set_yscale("log")
+        axes[0].set_ylabel("eigenvalue of F, bars: residual")
         told = zip(results, names, strict=True)
         lines = [f"{name}: {len(one.eigenvalues)} eigenvalues, {one.n_products:g} products" for one, name in told]
         entitle(figure, "\n".join(lines), titles)
@@ -91,24 +102,6 @@ def _ends(result: EigenResult) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which pairs are of the largest end, and which of the smallest."""
     from_top = result.eigenindex == np.arange(len(result.eigenindex))
     return from_top, ~from_top
-
-
-def _label_spectrum(axes: Sequence[Axes], results: Sequence[EigenResult], has_few: bool) -> None:
-    sizes = {result.image_size for result in results}
-    axes[0].set_yscale("log")
-    axes[0].set_ylabel("eigenvalue of F, bars: residual")
-    last, relative = results[0].image_size - 1, len(sizes) > 1
-    if not has_few:
-        axes[0].set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
-        axes[0].set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
-        return
-    for place, (ax, end) in enumerate(zip(axes, ("largest", "smallest"), strict=True)):
-        ticks = np.arange(max(_ends(result)[place].sum() for result in results))
-        ticks = -ticks[::-1] if place else ticks
-        name = "N − {}" if relative else "{}"
-        ax.set_xticks(ticks, [name.format(1 - i if relative else last + i) if place else f"{i}" for i in ticks])
-        ax.set_xlim(ticks[0] - 0.5, ticks[-1] + 0.5)
-        ax.set_xlabel(f"eigenindex, {end}")
 
 
 def _draw_spectrum(
@@ -129,7 +122,7 @@ def _draw_spectrum(
         arrow = {"arrowstyle": "->", "color": style["color"]}
         ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
         ax.plot(place, floor / 30, alpha=0)  # makes room
-    ax.axhline(result.tol * top, color=style["color"], lw=1, ls="--", label=f"{prefix}tol · λ_max")
+    ax.axhline(result.tol * top, **style, markevery=[1], ms=4, lw=1, ls="--", label=f"{prefix}tol · λ_max")
 
 
 def convergence(
@@ -303,8 +296,8 @@ def response_change(
             style, value = cycle(number), float(result.eigenvalues[i])
             name = words.get(int(result.eigenindex[i]), f"index {result.eigenindex[i]}")
             if value > 0:
-                label = f"{name}, predicted"
-                ax.plot(amplitudes, value**0.5 * amplitudes, "--", color=style["color"], lw=1, label=label)
+                look = style | {"ls": "--", "lw": 1, "ms": 3, "markevery": [points - 1]}
+                ax.plot(amplitudes, value**0.5 * amplitudes, **look, label=f"{name}, predicted")
             for sign, line, fill in ((1, "-", "full"), (-1, "-.", "none")):
                 _, actual = ed.response_change(i, sign * amplitudes)
                 label = f"{name}, {'+' if sign > 0 else '−'} amplitude"

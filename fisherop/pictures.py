@@ -69,7 +69,8 @@ def ends(vrange: tuple[float, float]) -> tuple[str, str]:
 
 def short(value: float, digits: int = 3) -> str:
     """A number as text, with a true minus sign."""
-    shown, _, exponent = f"{value:.{digits}g}".partition("e")
+    rounded = float(f"{value:.{digits}g}")
+    shown, _, exponent = f"{rounded:.{max(digits, 6)}g}".partition("e")
     shown += f"e{int(exponent)}" if exponent else ""
     return shown.replace("-", "−").replace("inf", "∞")
 
