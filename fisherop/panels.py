@@ -4,98 +4,249 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fisherop import checks
+from fisherop.pictures import describe, ends
+from fisherop.printing import PrintFigure, extent, look, text_of, wrapped
 
-_DPI, _GAP, _PANEL = 100, 16, 260  # dots per inch; between panels and for a panel of usual size, in dots
+_DPI, _PANEL = 100, 260  # dots per inch of a figure for the screen, and dots of its panels of usual size
+_PRINT_DPI, _PAGE = 300, 9  # at least, where a width is given, and the most inches of height that pictures take then
+_GAP, _PRINT_GAP, _BAR = 0.16, 0.08, 0.06  # inches between panels, and that a colour bar is thick
+_PAD = 4  # points between a picture and its title
 _HAIR = 1e-6  # of a dot: up to matplotlib 3.10, a size that rounding leaves just above whole dots takes one more
 _MOST = 2**16  # dots that a figure may have in a direction, as Agg draws it
 
 
 class Panel(NamedTuple):
-    """A picture, grey (height, width) or colour (height, width, 3), its values of black and white, and its title."""
+    """A picture, grey (height, width) or colour (height, width, 3), its values of black and white, and its title.
+
+    The title goes without black and white, which are added, or a colour bar, once where several panels share them;
+    `note` says how they were chosen, where that isn't plain.
+    """
 
     pixels: NDArray
     vrange: tuple[float, float]
     title: str
+    note: str = ""
+    has_bar: bool = False
+
+
+class _Style(NamedTuple):
+    """What holds for all panels of a figure."""
+
+    fontsize: float
+    titles: bool
+    colorbar: bool
+    pixels_per_degree: float | None
 
 
 def draw(
     rows: Sequence[Sequence[Panel | None]],
     *,
+    lead: Panel | None = None,
     zoom: int | None = None,
+    width: float | None = None,
+    fontsize: float | None = None,
+    titles: bool = True,
+    colorbar: bool = False,
+    pixels_per_degree: float | None = None,
     suptitle: str = "",
     ax: Axes | None = None,
-    new_figure: Callable[..., Figure] = Figure,
+    new_figure: Callable[..., Figure] = PrintFigure,
 ) -> Figure:
-    """Draw rows of panels, each pixel as `zoom` × `zoom` dots, and each column as wide as its titles need."""
+    """Draw rows of panels, each pixel as `zoom` × `zoom` dots; a `lead`, as large as these, stands before them.
+
+    Without a width, each column is as wide as its titles need; with one, titles are broken into lines.
+    """
     zoom = checks.integer("zoom", zoom, what="an integer from 1 (crop the image where it is too large)", optional=True)
-    rows = [[None if panel is None else _clipped(panel) for panel in row] for row in rows]
-    panels = [panel for row in rows for panel in row if panel is not None]
-    if ax is not None:
+    width, size, titles = look(width, fontsize, titles)
+    if pixels_per_degree is not None:
+        what = "a number above 0, or None"
+        pixels_per_degree = checks.number("pixels_per_degree", pixels_per_degree, what, lambda pixels: pixels > 0)
+    style = _Style(size, titles, checks.flag("colorbar", colorbar), pixels_per_degree)
+    if lead is not None:
+        rows = [[None if r else lead, *row] for r, row in enumerate(rows)]
+    ranges: set[tuple[float, float]] = set()
+    told = [[None if panel is None else _told(panel, style, ranges) for panel in row] for row in rows]
+    with text_of(size):
+        if ax is None:
+            return _figure(told, lead is not None, zoom, width, style, suptitle, new_figure(dpi=_DPI))
         checks.instance("ax", ax, Axes, "a matplotlib Axes, or None")
+        panels = [panel for row in told for panel in row if panel is not None]
         if len(panels) != 1 or zoom is not None:
             raise ValueError(f"ax takes one picture, at its own size, but there are {len(panels)} and zoom is {zoom}")
-        _fill(ax, panels[0])
-        return cast(Figure, ax.figure)
-    if zoom is None:
-        zoom = max(1, round(_PANEL / max(max(p.pixels.shape[:2]) for p in panels)))
-    width = max(len(row) for row in rows)
-    rows = [[*row, *[None] * (width - len(row))] for row in rows]
-    figure = new_figure(dpi=_DPI)
-    sizes = [[(0, 0, 0) if panel is None else _size(figure, panel, zoom) for panel in row] for row in rows]
-    columns = [max(max(width, text) for width, _, text in column) for column in zip(*sizes, strict=True)]
-    lines = max(panel.title.count("\n") + 1 for panel in panels)
-    above, heights = 20 * lines, [max(height for _, height, _ in row) for row in sizes]
-    head = _text_width(figure, suptitle, 12) if suptitle else 0
-    width = max(sum(columns) + _GAP * (len(columns) + 1), head + 2 * _GAP)
-    height = sum(heights) + (above + _GAP) * len(rows) + _GAP + (40 if suptitle else 0)
-    if max(width, height) >= _MOST:
-        what = f"so small that the figure takes fewer than {_MOST} dots each way, and not {width} × {height}"
-        checks.refuse(ValueError, "zoom", what, zoom, "crop the image")
-    figure.set_size_inches(width / _DPI, height / _DPI)
+        if width is not None:
+            raise ValueError(f"ax takes one picture, at its own size, but width is {width:g}: leave it out")
+        _fill(ax, panels[0], style)
+        if style.colorbar:
+            _bar(panels[0], style, ax=ax)
+    return cast(Figure, ax.figure)
+
+
+def _figure(
+    rows: Sequence[Sequence[Panel | None]],
+    has_lead: bool,
+    zoom: int | None,
+    width: float | None,
+    style: _Style,
+    suptitle: str,
+    figure: Figure,
+) -> Figure:
+    """All lengths are in whole dots, but for those called inches."""
+    cells = [(r, c, panel) for r, row in enumerate(rows) for c, panel in enumerate(row) if panel is not None]
+    n_rows, n_columns = len(rows), max(len(row) for row in rows)
+    pixels = [max(p.pixels.shape[1] for _, c, p in cells if c == i) for i in range(n_columns)]
+    tall = [max(p.pixels.shape[0] for r, _, p in cells if r == i) for i in range(n_rows)]
+    inches = _margins(figure, [panel for *_, panel in cells], style, width is not None)
+    if width is None:
+        zoom = zoom or max(1, round(_PANEL / max(max(p.pixels.shape[:2]) for *_, p in cells)))
+        dpi, inner = float(_DPI), [zoom * one for one in pixels]
+    else:
+        taken = _PRINT_GAP * (n_columns + 1) + (inches[0] + inches[1]) * n_columns
+        if width < taken + 0.1 * n_columns:
+            what = f"at least {taken + 0.1 * n_columns:.2f}, for {n_columns} pictures beside each other"
+            checks.refuse(ValueError, "width", what, width)
+        pitch = min((width - taken) / sum(pixels), _PAGE / sum(tall))
+        zoom = zoom or math.ceil(_PRINT_DPI * pitch)
+        dpi = zoom / pitch
+        inner = [round(one * (width - taken) / sum(pixels) * dpi) for one in pixels]
+        _check_zoom(zoom, sum(inner), zoom * sum(tall))
+    gap, pad, thick, left, right, ticks, bar = (
+        math.ceil(dpi * one) for one in (_GAP if width is None else _PRINT_GAP, _PAD / 72, _BAR, *inches)
+    )
+    beside = (left + right) * n_columns + gap * (n_columns + 1)
+    figure.set_dpi(dpi if width is None else (sum(inner) + beside) / width)
+    if width is not None:
+        broken = [wrapped(figure, panel.title, inner[c] + 2 * right, style.fontsize) for _, c, panel in cells]
+        cells = [(r, c, panel._replace(title=title)) for (r, c, panel), title in zip(cells, broken, strict=True)]
+    above, below, heights = [0] * n_rows, [ticks] * n_rows, [zoom * one for one in tall]
+    for r, c, panel in cells:
+        text_width, text_height = extent(figure, panel.title, style.fontsize) if panel.title else (0, 0)
+        above[r] = max(above[r], math.ceil(text_height) + 2 * pad if text_height else 0)
+        if width is None:
+            inner[c] = max(inner[c], math.ceil(text_width), math.ceil(_bar_width(figure, panel, style)))
+        if panel.has_bar and not (has_lead and c == 0 and n_rows > 1):  # where nothing is below the lead
+            below[r] = ticks + pad + thick + bar
+    head_size = 1.3 * style.fontsize
+    head, head_height = map(math.ceil, extent(figure, suptitle, head_size) if suptitle else (0, 0))
+    wide = max(sum(inner) + beside, head + 2 * gap)
+    high = sum(above) + sum(heights) + sum(below) + gap * (n_rows + 1) + (head_height + gap) * bool(suptitle)
+    _check_zoom(zoom, wide, high)
+    figure.set_size_inches((wide + _HAIR) / figure.dpi, (high + _HAIR) / figure.dpi)
+    y = high - gap
     if suptitle:
-        figure.text(0.5, 1 - 14 / height, suptitle, fontsize=12, ha="center", va="top")
-    left, bottom = (width - sum(columns) - _GAP * (len(columns) - 1)) // 2, height - (40 if suptitle else 0)
-    for row, row_sizes, row_height in zip(rows, sizes, heights, strict=True):
-        x, bottom = left, bottom - above - row_height - _GAP
-        for panel, (w, h, _), column in zip(row, row_sizes, columns, strict=True):
-            if panel is not None:
-                edge, w, h = x + (column - w) // 2, w - _HAIR, h - _HAIR
-                _fill(figure.add_axes((edge / width, bottom / height, w / width, h / height)), panel)
-            x += column + _GAP
+        figure.text(0.5, y / high, suptitle, fontsize=head_size, ha="center", va="top")
+        y -= head_height + gap
+    floors = []
+    for r in range(n_rows):
+        floors.append(y - above[r] - heights[r])
+        y = floors[-1] - below[r] - gap
+    spare = (wide - sum(inner) - beside) // 2
+    for r, c, panel in cells:
+        h, w = (zoom * length for length in panel.pixels.shape[:2])
+        x = spare + gap + c * (gap + left + right) + left + sum(inner[:c]) + (inner[c] - w) // 2
+        y = (floors[0] + floors[-1]) // 2 if has_lead and c == 0 else floors[r]
+        for bottom, length in [(y, h), (y - ticks - pad - thick, thick)][: 1 + panel.has_bar]:
+            ax = figure.add_axes((x / wide, bottom / high, (w - _HAIR) / wide, (length - _HAIR) / high))
+            if bottom == y:
+                _fill(ax, panel, style)
+            else:
+                _bar(panel, style, cax=ax)
     return figure
 
 
-def _clipped(panel: Panel) -> Panel:
-    """What keeps to its range, and a title that says how much of it did not."""
+def _check_zoom(zoom: int, wide: int, high: int) -> None:
+    if max(wide, high) >= _MOST:
+        what = f"so small that the figure takes fewer than {_MOST} dots each way, and not {wide} × {high}"
+        checks.refuse(ValueError, "zoom", what, zoom, "crop the image")
+
+
+def _margins(
+    figure: Figure, panels: Sequence[Panel], style: _Style, is_narrow: bool
+) -> tuple[float, float, float, float]:
+    """Inches left of pictures, right of them, of the ticks below them, and below a bar."""
+    left = right = below = 0.0
+    line = 1.5 * style.fontsize / 72
+    if style.pixels_per_degree is not None:
+        labels = [text for panel in panels for text in _degrees(panel, style.pixels_per_degree).values()]
+        widest = max(extent(figure, text, style.fontsize)[0] for text in labels) / _DPI
+        left, right, below = widest + 5 / 72, widest / 2, line + 4 / 72
+    return left, right, below, line * (1 + (1 + is_narrow) * any(panel.note for panel in panels)) + 2 / 72
+
+
+def _told(panel: Panel, style: _Style, ranges: set[tuple[float, float]]) -> Panel:
+    """What keeps to its range, and a title with all that is to be said of it but for ranges told before."""
     low, high = panel.vrange
     pixels = np.clip(panel.pixels, low, high)
     share = np.mean(np.abs(pixels - panel.pixels) > 1e-6 * (high - low))
-    return Panel(pixels, panel.vrange, panel.title + (f", {math.ceil(100 * share)} % clipped" if share else ""))
+    told, is_new = [f"{math.ceil(100 * share)} % clipped"] if share else [], panel.vrange not in ranges
+    if is_new and not style.colorbar:
+        told[:0] = [describe(panel.vrange), *filter(None, [panel.note])]
+    ranges.add(panel.vrange)
+    title = f"{panel.title}\n{', '.join(told)}".strip() if style.titles else ""
+    return Panel(pixels, panel.vrange, title, panel.note, is_new and style.colorbar)
 
 
-def _size(figure: Figure, panel: Panel, zoom: int) -> tuple[int, int, int]:
-    """Width and height of the picture, and width of its title, in dots."""
-    height, width = panel.pixels.shape[:2]
-    return width * zoom, height * zoom, max(_text_width(figure, line, 9) for line in panel.title.split("\n"))
+def _degrees(panel: Panel, pixels_per_degree: float) -> dict[float, str]:
+    """Where the axes of a picture have ticks, and what these say."""
+    size = min(panel.pixels.shape[:2]) / pixels_per_degree
+    most = max(panel.pixels.shape[:2]) / pixels_per_degree
+    ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(0, size)
+    step = ticks[1] - ticks[0]
+    return {float(x): f"{x:.6g}°" for x in step * np.arange(int(most / step + 1e-9) + 1)}
 
 
-def _text_width(figure: Figure, text: str, fontsize: float) -> int:
-    drawn = figure.text(0, 0, text, fontsize=fontsize)
-    width = int(np.ceil(drawn.get_window_extent().width))
-    drawn.remove()
-    return width
-
-
-def _fill(ax: Axes, panel: Panel) -> None:
+def _fill(ax: Axes, panel: Panel, style: _Style) -> None:
     low, high = panel.vrange
-    ax.imshow((panel.pixels - low) / (high - low), vmin=0, vmax=1, cmap="gray", interpolation="nearest", origin="upper")
-    ax.set_title(panel.title, fontsize=9)
-    ax.set_axis_off()
+    extent = None
+    if style.pixels_per_degree is None:
+        ax.set_axis_off()
+    else:
+        height, width = (length / style.pixels_per_degree for length in panel.pixels.shape[:2])
+        extent = (0, width, 0, height)
+    shown = (panel.pixels - low) / (high - low)
+    # "none": dots as by "nearest" on a screen, and the pixels themselves in PDF and SVG
+    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="none", origin="upper", extent=extent)
+    if extent is not None and style.pixels_per_degree is not None:
+        for axis, length in ((ax.xaxis, extent[1]), (ax.yaxis, extent[3])):
+            ticks = {x: text for x, text in _degrees(panel, style.pixels_per_degree).items() if x <= length + 1e-9}
+            axis.set_ticks(list(ticks), list(ticks.values()))
+        ax.tick_params(length=2, pad=2, width=0.5, labelsize=style.fontsize)
+        ax.spines[:].set_linewidth(0.5)
+    ax.set_title(panel.title, fontsize=style.fontsize, loc="center", pad=_PAD)
+
+
+def _bar(panel: Panel, style: _Style, **place: Any) -> None:
+    """A colour bar in axes of its own, `cax`, below a picture, or beside one, in the user's `ax`."""
+    (axes,) = place.values()
+    figure, is_below, (low, high) = axes.figure, "cax" in place, panel.vrange
+    shades = ScalarMappable(Normalize(low, high), "gray")
+    bar = figure.colorbar(shades, orientation="horizontal" if is_below else "vertical", **place)
+    ticks, note = dict(zip(panel.vrange, ends(panel.vrange), strict=True)), panel.note
+    if low == -high:
+        ticks[0.0] = "0"
+    if is_below:
+        room = axes.get_window_extent().width
+        note = wrapped(figure, note, room, style.fontsize)
+        if _bar_width(figure, panel, style) > room:
+            ticks = {(low + high) / 2: f"±{ticks[high]}" if low == -high else " … ".join(ticks.values())}
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.set_label(note, fontsize=style.fontsize)
+    bar.ax.tick_params(length=2, pad=1, labelsize=style.fontsize)
+    for label, value in zip(bar.ax.get_xticklabels() if is_below else (), ticks, strict=is_below):
+        label.set_horizontalalignment("left" if value == low else "right" if value == high else "center")
+
+
+def _bar_width(figure: Figure, panel: Panel, style: _Style) -> float:
+    """Dots that the labels below a bar take."""
+    texts = [*ends(panel.vrange), "0" if panel.vrange[0] == -panel.vrange[1] else ""]
+    return extent(figure, "  ".join(texts), style.fontsize)[0] if panel.has_bar else 0.0

@@ -37,10 +37,14 @@ def to_pictures(
     return [np.moveaxis(channels, 0, -1)] if count == 3 and as_rgb is not False else list(channels)
 
 
-def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None) -> tuple[float, float]:
-    """Black and white: (0, 1) where all pictures keep to it, else their extremes."""
+def value_range(
+    pictures: Sequence[NDArray], vrange: tuple[float, float] | None = None, symmetric: bool = False
+) -> tuple[float, float]:
+    """Black and white: (0, 1) where all pictures keep to it, else their extremes; on demand about zero."""
     if vrange is None:
         least, most = float(min(p.min() for p in pictures)), float(max(p.max() for p in pictures))
+        if symmetric and least < 0:
+            least, most = -max(-least, most), max(-least, most)
         vrange = (0.0, 1.0) if least >= 0 and most <= 1 else (least, most)
         if least == most and vrange != (0.0, 1.0):
             raise ValueError(f"what is to be shown is {least:g} throughout: pass vrange, the values of black and white")
@@ -52,9 +56,23 @@ def value_range(pictures: Sequence[NDArray], vrange: tuple[float, float] | None 
 
 
 def describe(vrange: tuple[float, float]) -> str:
+    low, high = ends(vrange)
+    return f"black {low}, white {high}"
+
+
+def ends(vrange: tuple[float, float]) -> tuple[str, str]:
+    """Black and white, in as many digits as tell them apart."""
     low, high = vrange
-    digits = 3 + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))  # so that they differ
-    return f"black {low:.{digits}g}, white {high:.{digits}g}"
+    digits = 3 + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))
+    return short(low, digits), short(high, digits)
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number as text, with a true minus sign."""
+    rounded = float(f"{value:.{digits}g}")
+    shown, _, exponent = f"{rounded:.{max(digits, 6)}g}".partition("e")
+    shown += f"e{int(exponent)}" if exponent else ""
+    return shown.replace("-", "−").replace("inf", "∞")
 
 
 def default_scale(limits: tuple[float, float], size: int) -> float:

@@ -22,8 +22,9 @@ from torch import Tensor
 import fisherop.eigendistortion
 from fisherop import checks
 from fisherop.panels import Panel, draw
-from fisherop.pictures import describe, to_pictures, value_range
+from fisherop.pictures import short, to_pictures, value_range
 from fisherop.plenoptic_files import LoadWarning, examine, is_torchs, load_checked
+from fisherop.printing import PrintFigure
 from fisherop.result import EigenResult
 
 
@@ -154,7 +155,7 @@ def display_eigendistortion(
         This eigendistortion has not been synthesized, or as in `imshow`.
     """
     show = _Shown(eigendistortion, process_image, None, as_rgb, channel_idx, vrange)
-    return draw([show.sum(eigenindex, alpha)], zoom=zoom, ax=ax, new_figure=pyplot.figure)
+    return draw([show.sum(eigenindex, alpha)], zoom=zoom, ax=ax, new_figure=_pyplots)
 
 
 def display_eigendistortion_all(
@@ -207,7 +208,7 @@ def display_eigendistortion_all(
     for index, scale in zip(indices, alphas, strict=True):
         above += show.distortion(index)
         below += show.sum(index, scale)
-    return draw([above, below], zoom=zoom, suptitle=suptitle, new_figure=pyplot.figure)
+    return draw([above, below], zoom=zoom, suptitle=suptitle, new_figure=_pyplots)
 
 
 def eigendistortion_imshow_all(
@@ -232,6 +233,10 @@ def eigendistortion_imshow_all(
         channel_idx=channel_idx,
         **kwargs,
     )
+
+
+def _pyplots(dpi: float) -> Figure:
+    return pyplot.figure(dpi=dpi, FigureClass=PrintFigure)
 
 
 def _norms(name: str, value: float | Sequence[float], indices: list[int]) -> list[float]:
@@ -277,7 +282,7 @@ class _Shown:
     def sum(self, index: int, scale: float) -> list[Panel]:
         (distortion, name), scale = self._distortion(index), checks.number("alpha", scale)
         return self._panels(
-            self.original + scale * distortion, self.process_image, f"image + {scale:.3g} × {name}", self.limits
+            self.original + scale * distortion, self.process_image, f"image + {short(scale)} × {name}", self.limits
         )
 
     def distortion(self, index: int) -> list[Panel]:
@@ -298,7 +303,7 @@ class _Shown:
             checks.refuse(ValueError, "eigenindex", what, index, "synthesize more with k")
         column = ranks.index(index % n)
         tensor = self.ed.operator.to_tensors(result.eigenvectors[:, [column]])[0].cpu()
-        return tensor, f"eigendistortion {ranks[column]}\nλ = {result.eigenvalues[column]:.3g}"
+        return tensor, f"eigendistortion {ranks[column]}\nλ = {short(float(result.eigenvalues[column]))}"
 
     def _pictures(self, tensor: Tensor, process: Callable[[Tensor], Tensor] | None) -> list:
         if process is None:
@@ -311,7 +316,7 @@ class _Shown:
         pictures = self._pictures(tensor, process)
         title += ", processed" if process is not None else ""
         names = [f"channel {i}: {title}" for i in range(len(pictures))] if len(pictures) > 1 else [title]
-        return [Panel(p, limits, f"{name}\n{describe(limits)}") for p, name in zip(pictures, names, strict=True)]
+        return [Panel(picture, limits, name) for picture, name in zip(pictures, names, strict=True)]
 
 
 def examine_saved_synthesis(file_path: str | os.PathLike, map_location: str | torch.device | None = None) -> None:

@@ -14,8 +14,9 @@ from fisherop import checks
 from fisherop.curves import convergence, density, response_change, spectrum, sweep
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.panels import Panel, draw
-from fisherop.pictures import default_scale, describe, to_picture, to_pictures, value_range
-from fisherop.result import EigenResult
+from fisherop.pictures import default_scale, short, to_picture, to_pictures, value_range
+from fisherop.result import EigenResult, Status
+from fisherop.thresholds import amplitudes_at_threshold
 from fisherop.webpage import page
 
 __all__ = [
@@ -41,6 +42,11 @@ def imshow(
     channel_idx: int | None = None,
     vrange: tuple[float, float] | None = None,
     ax: Axes | None = None,
+    width: float | None = None,
+    fontsize: float | None = None,
+    titles: bool = True,
+    colorbar: bool = False,
+    pixels_per_degree: float | None = None,
 ) -> Figure:
     """Show an image, each of its pixels as `zoom` × `zoom` dots of the figure, so that no interpolation lies.
 
@@ -51,37 +57,59 @@ def imshow(
     title : str or sequence of str
         For each picture; the values of black and white are added.
     zoom : int, optional
-        By default such that a picture is about 260 dots large. The figure has 100 dots per inch: save it with this
-        `dpi`, or a multiple.
+        By default such that a picture is about 260 dots large at the figure's 100 dots per inch, or, where `width` is
+        given, such that there are 300 per inch or more. Save it with the figure's `dpi`, or a multiple; a PDF holds the
+        pixels themselves.
     as_rgb : bool, optional
         Three channels in one colour picture, or each in a grey one of its own; by default in colour where there are
         three.
     channel_idx : int, optional
         Show this channel alone, in grey.
     vrange : (float, float), optional
-        Black and white: by default (0, 1) where the image keeps to it, else its minimum and maximum.
+        Black and white: by default (0, 1) where the image keeps to it; where it has negative values, symmetric about
+        zero, which is mid-grey; else its minimum and maximum.
     ax : Axes, optional
-        Draw here, where there is one picture; its size decides in the place of `zoom`.
+        Draw here, where there is one picture; its size decides in the place of `zoom` and `width`.
+    width : float, optional
+        Of the figure, in inches: 3.3 for a column, 7 for a page. Titles are broken into lines to fit.
+    fontsize : float, optional
+        Of all text, in points: by default 0.9 of matplotlib's ``font.size``, and 0.7 where `width` is given.
+    titles : bool
+        False leaves all titles out, for a caption to say what is shown.
+    colorbar : bool
+        A bar of the greys with their values, in the place of black and white in the title. Of a picture in colour it
+        holds for each channel.
+    pixels_per_degree : float, optional
+        Axes in degrees of visual angle, from the lower left corner, at so many pixels of the image a degree.
 
     Returns
     -------
     Figure
+        Its ``savefig`` writes PDF with TrueType fonts, as that of all figures of this module does; unless it is that of
+        your own `ax`. Matplotlib's settings hold for what has no option here, and are not changed.
 
     Raises
     ------
     ValueError
-        An argument doesn't fit the image.
+        An argument doesn't fit the image, or `width` has no room for the pictures.
     IndexError
         There is no such channel.
     """
     pictures = to_pictures(image, as_rgb, channel_idx)
     what = f"a text, or one for each of the {len(pictures)} pictures"
-    titles = [title] * len(pictures) if isinstance(title, str) else title
-    titles = checks.several("title", titles, str, what, len(pictures))
-    limits = value_range(pictures, vrange)
-    titled = zip(pictures, titles, strict=True)
-    row = [Panel(pixels, limits, f"{text}\n{describe(limits)}".lstrip()) for pixels, text in titled]
-    return draw([row], zoom=zoom, ax=ax)
+    texts = [title] * len(pictures) if isinstance(title, str) else title
+    texts = checks.several("title", texts, str, what, len(pictures))
+    limits = value_range(pictures, vrange, symmetric=True)
+    return draw(
+        [[Panel(pixels, limits, text) for pixels, text in zip(pictures, texts, strict=True)]],
+        zoom=zoom,
+        ax=ax,
+        width=width,
+        fontsize=fontsize,
+        titles=titles,
+        colorbar=colorbar,
+        pixels_per_degree=pixels_per_degree,
+    )
 
 
 def eigendistortions(
@@ -90,8 +118,15 @@ def eigendistortions(
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
     zoom: int | None = None,
+    *,
+    percentile: float | None = None,
+    width: float | None = None,
+    fontsize: float | None = None,
+    titles: bool = True,
+    colorbar: bool = False,
+    pixels_per_degree: float | None = None,
 ) -> Figure:
-    """Show eigendistortions: a row each of the image, the distortion alone, and the image plus the scaled distortion.
+    """Show the image, and a row for each eigendistortion: it alone, and the image plus the scaled distortion.
 
     Parameters
     ----------
@@ -106,12 +141,17 @@ def eigendistortions(
         Black and white of the image: by default (0, 1) where the image keeps to it, else its minimum and maximum.
     zoom : int, optional
         Dots for each pixel, as in `imshow`.
+    percentile : float, optional
+        A distortion alone is scaled by this percentile of its absolute values, in the place of the largest, and its
+        title or colour bar says so: it shows what is faint beside a peak.
+    width, fontsize, titles, colorbar, pixels_per_degree
+        As in `imshow`.
 
     Returns
     -------
     Figure
         What leaves `vrange` is clipped, on the display only. A distortion is shown on its own symmetric scale, so that
-        mid-grey is no change.
+        mid-grey is no change. The threshold, 1 / √λ, is what it must be multiplied by to be noticed.
 
     Raises
     ------
@@ -128,19 +168,21 @@ def eigendistortions(
     scale = _scale(scale, limits, image.size)
     rows = []
     for i in indices:
-        peak = float(np.abs(distortions[i]).max())
         rms = abs(scale) * float(np.linalg.norm(distortions[i])) / image.size**0.5
         name = f"eigendistortion {result.eigenindex[i]}"
-        alone = f"{name}\nλ = {values[i]:.3g}, {describe((-peak, peak))}"
-        added = f"image + {scale:.3g} × {name} (RMS {rms:.2g})\nλ = {values[i]:.3g}, {describe(limits)}"
-        rows.append(
-            [
-                Panel(image, limits, f"image\n{describe(limits)}"),
-                Panel(distortions[i], (-peak, peak), alone),
-                Panel(image + scale * distortions[i], limits, added),
-            ]
-        )
-    return draw(rows, zoom=zoom)
+        alone = f"{name}\nλ = {short(values[i])}, {_threshold(result, i)}"
+        added = Panel(image + scale * distortions[i], limits, f"image + {short(scale)} × {name}\nRMS {short(rms, 2)}")
+        rows.append([_alone(distortions[i], alone, percentile), added])
+    return draw(
+        rows,
+        lead=Panel(image, limits, "image"),
+        zoom=zoom,
+        width=width,
+        fontsize=fontsize,
+        titles=titles,
+        colorbar=colorbar,
+        pixels_per_degree=pixels_per_degree,
+    )
 
 
 def compare(
@@ -149,6 +191,12 @@ def compare(
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
     zoom: int | None = None,
+    *,
+    width: float | None = None,
+    fontsize: float | None = None,
+    titles: bool = True,
+    colorbar: bool = False,
+    pixels_per_degree: float | None = None,
 ) -> Figure:
     """Show what several models, or layers, notice most and least: a row each, all distortions at one scale.
 
@@ -161,11 +209,15 @@ def compare(
     scale, vrange, zoom
         As in `eigendistortions`; one for all rows. By default the RMS of the distortions is 5 % of `vrange` at the
         largest image.
+    width, fontsize, titles, colorbar, pixels_per_degree
+        As in `imshow`.
 
     Returns
     -------
     Figure
-        The image, and the image plus the scaled distortion, the most and the least noticeable one.
+        The image, once where all have the same, and the image plus the scaled distortion, the most and the least
+        noticeable one. The threshold, 1 / √λ, is what the distortion must be multiplied by to be noticed; where it is
+        null to tol, that is a bound.
 
     Raises
     ------
@@ -182,24 +234,39 @@ def compare(
     pictures = [_pictures(ed) for ed in eds]
     limits = value_range([image for _, image, _ in pictures], vrange)
     scale = _scale(scale, limits, max(image.size for _, image, _ in pictures))
+    same = len(eds) > 1 and all(np.array_equal(image, pictures[0][1]) for _, image, _ in pictures)
     rows = []
     for name, (result, image, distortions) in zip(names, pictures, strict=True):
-        row = [Panel(image, limits, f"{name}\n{describe(limits)}")]
+        row = [] if same else [Panel(image, limits, name)]
         for i, which in ((0, "most"), (-1, "least")):
-            title = f"+ {scale:.3g} × {which} noticeable (index {result.eigenindex[i]})\n"
-            title += f"λ = {result.eigenvalues[i]:.3g}, {describe(limits)}"
+            title = f"{name}\n" * same + f"+ {short(scale)} × {which} noticeable\n{_threshold(result, i)}"
             row.append(Panel(image + scale * distortions[i], limits, title))
         rows.append(row)
-    return draw(rows, zoom=zoom)
+    return draw(
+        rows,
+        lead=Panel(pictures[0][1], limits, "image") if same else None,
+        zoom=zoom,
+        width=width,
+        fontsize=fontsize,
+        titles=titles,
+        colorbar=colorbar,
+        pixels_per_degree=pixels_per_degree,
+    )
 
 
 def distortions(
     image: Tensor | ArrayLike,
     changes: Tensor | ArrayLike,
-    titles: Sequence[str] | None = None,
+    titles: Sequence[str] | bool | None = None,
     scale: float | None = None,
     vrange: tuple[float, float] | None = None,
     zoom: int | None = None,
+    *,
+    percentile: float | None = None,
+    width: float | None = None,
+    fontsize: float | None = None,
+    colorbar: bool = False,
+    pixels_per_degree: float | None = None,
 ) -> Figure:
     """Show an image, and the image plus each of some changes, all at one scale, whoever found them.
 
@@ -209,15 +276,18 @@ def distortions(
         Grey, ``(..., height, width)``, or in colour, ``(..., 3, height, width)``.
     changes : Tensor or array_like, shape ``(K, *image_shape)``
         As of `principal_distortions`, or of ``operator.to_tensors(result.eigenvectors)``.
-    titles : sequence of str, optional
-        For each change.
-    scale, vrange, zoom
+    titles : sequence of str or bool, optional
+        For each change. False leaves all titles out.
+    scale, vrange, zoom, percentile
         As in `eigendistortions`.
+    width, fontsize, colorbar, pixels_per_degree
+        As in `imshow`.
 
     Returns
     -------
     Figure
-        Two rows: above the image plus each change, below the changes alone, each on its own symmetric scale.
+        The image, and two rows: above the image plus each change, below the changes alone, each on its own symmetric
+        scale.
 
     Raises
     ------
@@ -237,17 +307,41 @@ def distortions(
     if alone[0].shape != picture.shape:
         what = f"pictures of the image's height, width and channels, {picture.shape}"
         checks.refuse(ValueError, "changes", what, changes)
-    titles = [""] * len(alone) if titles is None else titles
-    titles = checks.several("titles", titles, str, f"a text for each of the {len(alone)} changes", len(alone))
+    texts = [""] * len(alone) if titles is None or isinstance(titles, bool | np.bool_) else titles
+    texts = checks.several("titles", texts, str, f"a text for each of the {len(alone)} changes", len(alone))
     limits = value_range([picture], vrange)
     scale = _scale(scale, limits, size)
-    above: list[Panel | None] = [Panel(picture, limits, f"image\n{describe(limits)}")]
-    below: list[Panel | None] = [None]
-    for change, title in zip(alone, titles, strict=True):
-        peak = float(np.abs(change).max()) or 1.0
-        above.append(Panel(picture + scale * change, limits, f"{title}\nimage + {scale:.3g} × the change below"))
-        below.append(Panel(change, (-peak, peak), describe((-peak, peak))))
-    return draw([above, below], zoom=zoom)
+    added = f"image + {short(scale)} × the change below"
+    above = [Panel(picture + scale * one, limits, f"{text}\n{added}") for one, text in zip(alone, texts, strict=True)]
+    return draw(
+        [above, [_alone(change, "", percentile) for change in alone]],
+        lead=Panel(picture, limits, "image"),
+        zoom=zoom,
+        width=width,
+        fontsize=fontsize,
+        titles=titles is None or titles is not False,
+        colorbar=colorbar,
+        pixels_per_degree=pixels_per_degree,
+    )
+
+
+def _alone(change: NDArray, title: str, percentile: float | None) -> Panel:
+    """A change on its own symmetric scale, so that mid-grey is none."""
+    sizes, note = np.abs(change), ""
+    peak = float(sizes.max()) or 1.0
+    if percentile is not None:
+        what = "a number above 0 and up to 100, or None"
+        percentile = checks.number("percentile", percentile, what, lambda share: 0 < share <= 100)
+        peak, note = float(np.percentile(sizes, percentile)), f"percentile {percentile:g}"
+        if peak == 0:
+            what = "so large that what is shown isn't all zero"
+            checks.refuse(ValueError, "percentile", what, percentile, "much of this distortion is")
+    return Panel(change, (-peak, peak), title, note)
+
+
+def _threshold(result: EigenResult, i: int) -> str:
+    """1 / √λ, by what the distortion is multiplied to be noticed; a bound where λ is null to tol."""
+    return f"threshold {'≥ ' * (result.status[i] == Status.NULL)}{short(amplitudes_at_threshold(result)[i])}"
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ MATRIX = matrix_with_singular_values(np.r_[np.linspace(3, 1, 20), np.zeros(40)],
 
 def ed_of(shape, low=0.2, high=0.8, **kwargs):
     image = torch.linspace(low, high, 60, dtype=torch.float64).reshape(shape)
-    return Eigendistortion(image, linear_model(MATRIX)).synthesize("exact", k=2, progress=False, **kwargs)
+    return Eigendistortion(image, linear_model(MATRIX)).synthesize("exact", progress=False, **{"k": 2} | kwargs)
 
 
 def panels(figure):
@@ -28,18 +30,16 @@ def test_grey_panels_show_what_they_say(tmp_path):
     figure = plot.eigendistortions(ed, indices=(0, -1), scale=2.0)
     shown = [np.asarray(ax.images[0].get_array()) for ax in panels(figure)]
     image, (first, *_, last) = ed.image[0, 0].numpy(), ed.eigendistortions[:, 0].numpy()
-    for row, distortion in ((shown[:3], first), (shown[3:], last)):
-        np.testing.assert_allclose(row[0], image)
-        np.testing.assert_allclose(row[1], 0.5 + 0.5 * distortion / np.abs(distortion).max())
-        np.testing.assert_allclose(row[2], np.clip(image + 2 * distortion, 0, 1))
+    np.testing.assert_allclose(shown[0], image)
+    for row, distortion in ((shown[1:3], first), (shown[3:], last)):
+        np.testing.assert_allclose(row[0], 0.5 + 0.5 * distortion / np.abs(distortion).max())
+        np.testing.assert_allclose(row[1], np.clip(image + 2 * distortion, 0, 1))
     titles = [ax.get_title() for ax in panels(figure)]
     peak = np.abs(first).max()
-    assert titles[1] == f"eigendistortion 0\nλ = 9, black {-peak:.3g}, white {peak:.3g}"
-    assert titles[4].startswith("eigendistortion 59\nλ = ")
-    assert (
-        titles[2] == "image + 2 × eigendistortion 0 (RMS 0.26)\nλ = 9, black 0, white 1, 14 % clipped"
-        and titles[0] == "image\nblack 0, white 1"
-    )
+    assert titles[1] == f"eigendistortion 0\nλ = 9, threshold 0.333\nblack −{peak:.3g}, white {peak:.3g}"
+    assert re.match("eigendistortion 59\nλ = .*, threshold (∞|≥ )", titles[3])
+    assert titles[2] == "image + 2 × eigendistortion 0\nRMS 0.26\n14 % clipped"
+    assert titles[0] == "image\nblack 0, white 1"
     figure.savefig(tmp_path / "figure.png")
 
 
@@ -55,8 +55,8 @@ def test_a_colour_distortion_is_centred_on_mid_grey(tmp_path):
 
 def test_range_and_scale_follow_the_image():
     figure = plot.eigendistortions(ed_of((6, 10), -3, 5))
-    assert panels(figure)[0].get_title() == "image\nblack -3, white 5"
-    assert "(RMS 0.4)\n" in panels(figure)[2].get_title()
+    assert panels(figure)[0].get_title() == "image\nblack −3, white 5"
+    assert "RMS 0.4\n" in panels(figure)[2].get_title()
     shown = np.asarray(panels(plot.eigendistortions(ed_of((6, 10)), vrange=(0.2, 0.8)))[0].images[0].get_array())
     assert shown.min() == 0 and shown.max() == 1
 
@@ -147,13 +147,10 @@ def test_imshow_chooses_channels_and_range():
     image = torch.linspace(-1, 2, 60).reshape(1, 3, 4, 5)
     blue = image[0, 2].numpy()
     (ax,) = plot.imshow(image).axes
-    assert ax.get_title() == "black -1, white 2" and np.shape(ax.images[0].get_array()) == (4, 5, 3)
+    assert ax.get_title() == "black −2, white 2" and np.shape(ax.images[0].get_array()) == (4, 5, 3)
     assert ax.get_window_extent().width == pytest.approx(5 * 52, abs=1e-3)  # 260 dots
     figure = plot.imshow(image.numpy(), ["r", "g", "b"], as_rgb=False, vrange=(0, 2))
-    ends = ", 100 % clipped", "", ""
-    assert [ax.get_title() for ax in figure.axes] == [
-        f"{c}\nblack 0, white 2{e}" for c, e in zip("rgb", ends, strict=True)
-    ]
+    assert [ax.get_title() for ax in figure.axes] == ["r\nblack 0, white 2, 100 % clipped", "g", "b"]
     (ax,) = plot.imshow(image, channel_idx=-1).axes
     np.testing.assert_allclose(ax.images[0].get_array(), (blue - blue.min()) / np.ptp(blue), rtol=1e-6)
     own = Figure()
@@ -206,8 +203,9 @@ def test_values_that_have_no_range(pixels, message):
 def test_black_and_white_are_told_apart():
     for low, high, title in (
         (1000, 1001, "black 1000, white 1001"),
-        (-5, 5.0001, "black -5, white 5"),
-        (1e-9, 2e-9, "black 1e-09, white 2e-09"),
+        (-5, 5.0001, "black −5, white 5"),
+        (1e-9, 2e-9, "black 1e−9, white 2e−9"),
+        (-12345, 12345, "black −12300, white 12300"),
         (0.99999, 1.00001, "black 0.99999, white 1.00001"),
     ):
         (ax,) = plot.imshow(np.array([[low, high]]), vrange=(low, high)).axes
@@ -230,11 +228,15 @@ def test_pixels_are_whole_dots_and_up_is_up_whatever_the_users_settings(tmp_path
 def test_spectra_of_several_results(tmp_path):
     one = ed_of((6, 10)).result
     other = Eigendistortion(torch.ones(1, 3).double(), lambda x: 2 * x).synthesize("exact", progress=False).result
-    for results, places, label in (([one, one], [58, 59], "(0 … 59)"), ([one, other], [58 / 59, 1], "/ (N − 1)")):
+    many = ed_of((6, 10), k=4).result
+    for results, places, label in (
+        ([many, many], [56, 57, 58, 59], "(0 … 59)"),
+        ([one, other], [58 / 59, 1], "/ (N − 1)"),
+    ):
         figure = plot.spectrum(results, names=["first", "second"])
         figure.savefig(tmp_path / "figure.png")
         (ax,) = figure.axes
-        assert ax.get_xlabel() == f"eigenindex {label}" and ax.get_title().count("eigenvalues") == 2
+        assert ax.get_xlabel() == f"eigenindex {label}" and figure.get_suptitle().count("eigenvalues") == 2
         drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
         np.testing.assert_allclose(drawn["first, null to tol"][:, 0], places)
     assert set(drawn) == {"first, eigenpair", "first, null to tol", "second, eigenpair"}
@@ -249,16 +251,38 @@ def test_spectra_of_several_results(tmp_path):
 
 def test_spectrum_shows_every_status(tmp_path):
     ed = ed_of((6, 10))
-    ax = plot.spectrum(ed.result).axes[0]
-    assert ax.get_yscale() == "log" and ax.get_title() == f"exact: 4 eigenvalues, {ed.result.n_products:g} products"
-    drawn = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
-    np.testing.assert_allclose(drawn["eigenpair"], [[0, 9], [1, np.linspace(3, 1, 20)[1] ** 2]])
-    np.testing.assert_allclose(drawn["null to tol"][:, 0], [58, 59])
+    figure = plot.spectrum(ed.result)
+    top, bottom = figure.axes
+    assert top.get_yscale() == "log"
+    assert figure.get_suptitle() == f"exact: 4 eigenvalues, {ed.result.n_products:g} products"
+    drawn = [{c.get_label(): c.lines[0] for c in ax.containers} for ax in figure.axes]
+    np.testing.assert_allclose(
+        drawn[0]["eigenpair"].get_xydata(), [[0, 9], [1, np.linspace(3, 1, 20)[1] ** 2]], atol=1e-9
+    )
+    np.testing.assert_allclose(drawn[1]["null to tol"].get_xdata(), [-1, 0])
+    assert [label.get_text() for label in bottom.get_xticklabels()] == ["59", "58"]
+    assert len(drawn[0]) == len(drawn[1]) == 1
+    assert [d[s].get_fillstyle() for d, s in zip(drawn, ("eigenpair", "null to tol"), strict=True)] == ["full", "none"]
     with pytest.raises(ConvergenceError) as caught:
         eigenpairs(ed.operator, method="power", maxiter=2, rng=0, progress=False)
     figure = plot.spectrum(caught.value.result)
     assert "not converged" in [c.get_label() for c in figure.axes[0].containers]
     figure.savefig(tmp_path / "figure.png")
+
+
+def test_spectrum_of_few_pairs_has_a_panel_for_each_end():
+    for which, ends in (("both", ["largest", "smallest"]), ("largest", ["largest"]), ("smallest", ["smallest"])):
+        for k, n_panels in ((1, len(ends)), (3, len(ends)), (4, 1)):
+            figure = plot.spectrum(ed_of((6, 10), k=k, which=which).result)
+            assert len(figure.axes) == n_panels
+            labels = [ax.get_xlabel() for ax in figure.axes]
+            assert labels == ([f"eigenindex, {end}" for end in ends] if k < 4 else ["eigenindex (0 … 59)"])
+    small = Eigendistortion(torch.ones(1, 9).double(), lambda x: 2 * x).synthesize("exact", k=1, progress=False).result
+    figure = plot.spectrum([ed_of((6, 10)).result, small], ["large", "small"])
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["N − 1", "N − 2"]
+    places = [c.lines[0].get_xdata() for c in figure.axes[1].containers]
+    np.testing.assert_allclose(places[0] + 0.075, [-1, 0])
+    np.testing.assert_allclose(places[1] - 0.075, [0])
 
 
 @pytest.mark.parametrize("which", ["both", "largest", "smallest"])
@@ -301,13 +325,23 @@ def test_comparisons_share_one_scale(tmp_path):
             expected = np.clip((np.moveaxis(pixels, 0, -1) - 0.2) / 1.6, 0, 1)  # of the range of both
             np.testing.assert_allclose(panel.reshape(expected.shape), expected, atol=1e-12)
     titles = [ax.get_title() for ax in panels(figure)]
-    assert titles[0] == "grey\nblack 0.2, white 1.8" and titles[3].startswith("colour\n")
-    assert titles[1] == "+ 2 × most noticeable (index 0)\nλ = 9, black 0.2, white 1.8, 15 % clipped"
-    assert titles[2].startswith("+ 2 × least noticeable (index 59)\nλ = ")
+    assert titles[0] == "grey\nblack 0.2, white 1.8" and titles[3] == "colour"
+    assert titles[1] == "+ 2 × most noticeable\nthreshold 0.333\n15 % clipped"
+    assert re.match("\\+ 2 × least noticeable\nthreshold (∞|≥ )", titles[2])
     assert panels(plot.compare(eds[:1]))[0].get_title() == "function\nblack 0, white 1"
-    assert (
-        panels(plot.compare(eds[:1]))[1].get_title().startswith(f"+ {0.05 * 60**0.5:.3g} × most noticeable (index 0)\n")
-    )
+    assert panels(plot.compare(eds[:1]))[1].get_title().startswith(f"+ {0.05 * 60**0.5:.3g} × most noticeable\n")
+
+
+def test_an_image_that_all_share_is_drawn_once():
+    ed = ed_of((1, 1, 6, 10))
+    figure = plot.compare([ed, ed], ["one", "other"], scale=2.0)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert [title.split("\n")[0] for title in titles] == ["image", "one", "one", "other", "other"]
+    first, *others = (ax.get_window_extent() for ax in figure.axes)
+    assert first.y0 == pytest.approx((others[0].y0 + others[-1].y0) / 2, abs=1)  # in the middle
+    image, most = ed.image[0, 0].numpy(), ed.eigendistortions[0, 0].numpy()
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), image)
+    np.testing.assert_allclose(figure.axes[3].images[0].get_array(), np.clip(image + 2 * most, 0, 1))
 
 
 def test_what_cannot_be_compared():
@@ -345,12 +379,12 @@ def test_response_change():
     ed = Eigendistortion(torch.ones(3, dtype=torch.float64), model).synthesize(progress=False)
     figure = plot.response_change(ed)
     labels = [line.get_label() for line in figure.axes[0].lines]
-    assert "most noticeable, predicted" in labels and "least noticeable, + amplitude" in labels
+    assert "most, predicted" in labels and "least, + amplitude" in labels
     curved = Eigendistortion(
         torch.full((3,), 0.5, dtype=torch.float64), lambda x: torch.exp(x) * x.new_tensor([3, 2, 1])
     )
     curved.synthesize(progress=False)
-    (dot,) = [line for line in plot.response_change(curved, 0).axes[0].lines if line.get_marker() == "o"]
-    np.testing.assert_allclose(dot.get_xdata(), curved.linear_range(0))
+    (star,) = [line for line in plot.response_change(curved, 0).axes[0].lines if line.get_marker() == "*"]
+    np.testing.assert_allclose(star.get_xdata(), curved.linear_range(0))
     with pytest.raises(IndexError, match="indices must be a position"):
         plot.response_change(ed, 7)

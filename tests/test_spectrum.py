@@ -317,8 +317,8 @@ def test_the_same_seed_gives_the_same_bits():
 def test_figure():
     densities = [spectral_density(diagonal(np.geomspace(1, 1e-3, n)), 2, 10, rng=0, progress=False) for n in (40, 900)]
     figure = plot.density(densities, ["small", "large"])
-    above, below = figure.axes
-    assert [text.get_text() for text in above.get_legend().get_texts()] == ["small, N = 40", "large, N = 900"]
+    _, below = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["small, N = 40", "large, N = 900"]
     counts = below.lines[0].get_ydata()
     assert counts[-1] == 39 and (np.diff(counts) >= 0).all()  # all but the largest itself
     with pytest.raises(ValueError, match="names must be a text for each of the 2 densities"):

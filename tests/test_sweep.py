@@ -525,7 +525,7 @@ def test_a_figure_and_a_page_of_a_sweep(tmp_path):
     hollow = sum(len(heights) for heights, line in zip(drawn, ax.get_lines(), strict=True) if line.get_mfc() == "none")
     assert hollow == sum(one.status[end] == "null to tol" for one in table.done for end in (0, -1))
     assert [text.get_text() for text in ax.texts] == [f"∞: {len(done['two'])} of {len(done['two'])}"]
-    assert f"{len(table.failed)} tasks failed" in ax.get_title()
+    assert f"{len(table.failed)} tasks failed" in figure.get_suptitle()
     top = plot.sweep(run(images(2), [build], which="largest"))
     assert len(top.axes[0].get_lines()) == 1
     with pytest.raises(ValueError, match="no task of the sweep is done"):
