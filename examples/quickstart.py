@@ -19,7 +19,7 @@ for name, model in {"On–Off": OnOff(), "luminance gain": LuminanceGainControl(
     eds[name] = Eigendistortion(image, model.double().eval()).synthesize(rng=0)
     most, least = eds[name].detection_thresholds()[0]
     print(f"{name}\n\n{eds[name].result}\n")
-    print(f"The least noticeable distortion must be {least / most:.0f} times as large as the most noticeable")
+    print(f"The least noticeable distortion must be at least {least / most:.0f} times as large as the most noticeable")
     print("to change the model's response by as much.\n")
 
 fisherop.plot.compare(list(eds.values()), list(eds)).savefig("quickstart.png")

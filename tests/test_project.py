@@ -284,7 +284,8 @@ def test_networks_take_the_weights_of_torchvision(name, own, monkeypatch):
 def test_networks_have_the_published_size(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     networks = importlib.import_module("networks")
-    sizes = {own: sum(p.numel() for p in getattr(networks, own)().parameters()) for own in ("ResNet18", "VGG16Features")}
+    own = {name: getattr(networks, name)() for name in ("ResNet18", "VGG16Features")}
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in own.items()}
     assert sizes == {"ResNet18": 11_689_512, "VGG16Features": 14_714_688}
     assert networks.ResNet18().eval()(torch.rand(1, 3, 40, 40)).shape == (1, 1000)
 
