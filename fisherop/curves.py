@@ -85,7 +85,7 @@ def spectrum(
                 ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
                 ax.set_xlabel("eigenindex / (N − 1)" if relative else f"eigenindex (0 … {last})")
             else:
-                ticks = np.arange(max(pair[place].sum() for pair in ends)) * (1 - 2 * place)
+                ticks = np.sort(np.arange(max(pair[place].sum() for pair in ends)) * (1 - 2 * place))
                 labels = [f"{i + last * place}" if place == 0 or not relative else f"N − {1 - i}" for i in ticks]
                 ax.set_xticks(ticks, labels)
                 ax.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)

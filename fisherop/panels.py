@@ -231,14 +231,13 @@ def _bar(panel: Panel, style: _Style, **place: Any) -> None:
     figure, is_below, (low, high) = axes.figure, "cax" in place, panel.vrange
     shades = ScalarMappable(Normalize(low, high), "gray")
     bar = figure.colorbar(shades, orientation="horizontal" if is_below else "vertical", **place)
-    ticks, note = dict(zip(panel.vrange, ends(panel.vrange), strict=True)), panel.note
-    if low == -high:
-        ticks[0.0] = "0"
+    (black, white), note = ends(panel.vrange), panel.note
+    ticks = {low: black} | ({0.0: "0"} if low == -high else {}) | {high: white}
     if is_below:
         room = axes.get_window_extent().width
         note = wrapped(figure, note, room, style.fontsize)
         if _bar_width(figure, panel, style) > room:
-            ticks = {(low + high) / 2: f"±{ticks[high]}" if low == -high else " … ".join(ticks.values())}
+            ticks = {(low + high) / 2: f"±{white}" if low == -high else f"{black} … {white}"}
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.set_label(note, fontsize=style.fontsize)
     bar.ax.tick_params(length=2, pad=1, labelsize=style.fontsize)
