@@ -297,7 +297,7 @@ def python_of(path):
 def test_readme_code(tmp_path):
     """All of the README's Python, top to bottom, as one script."""
     blocks = python_of(ROOT / "README.md")
-    assert len(blocks) >= 3
+    assert len(blocks) >= 2
     run(["-c", "\n".join(blocks)], tmp_path)
 
 
