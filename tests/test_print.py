@@ -335,5 +335,5 @@ def test_a_width_without_room():
     many = torch.zeros(20, 4, 5)
     with pytest.raises(ValueError, match=r"width must be at least 3\.68, for 20 pictures beside each other, got 3\.3"):
         plot.imshow(many, width=3.3)
-    with pytest.raises(ValueError, match="zoom is the dots of a pixel, .*, got 2 and 3.3: give one of them"):
+    with pytest.raises(ValueError, match=r"zoom is the dots of a pixel, .*, got 2 and 3.3: give one of them"):
         plot.imshow(GREY.image, width=3.3, zoom=2)
