@@ -65,7 +65,8 @@ def draw(
 ) -> Figure:
     """Draw rows of panels, each pixel as `zoom` × `zoom` dots; a `lead`, as large as these, stands before them.
 
-    Without a width, each column is as wide as its titles need; with one, titles are broken into lines.
+    Without a width, each column is as wide as its titles need; with one, which takes the place of `zoom`, titles are
+    broken into lines.
     """
     zoom = checks.integer("zoom", zoom, what="an integer from 1 (crop the image where it is too large)", optional=True)
     width, size, titles = look(width, fontsize, titles)
@@ -73,6 +74,9 @@ def draw(
         what = "a number above 0, or None"
         pixels_per_degree = checks.number("pixels_per_degree", pixels_per_degree, what, lambda pixels: pixels > 0)
     style = _Style(size, titles, checks.flag("colorbar", colorbar), pixels_per_degree)
+    if width is not None and zoom is not None:
+        got = f"got {zoom} and {width:g}: give one of them"
+        raise ValueError(f"zoom is the dots of a pixel, and width the inches of the figure, {got}")
     if lead is not None:
         rows = [[None if r else lead, *row] for r, row in enumerate(rows)]
     ranges: set[tuple[float, float]] = set()
@@ -116,7 +120,7 @@ def _figure(
             what = f"at least {taken + 0.1 * n_columns:.2f}, for {n_columns} pictures beside each other"
             checks.refuse(ValueError, "width", what, width)
         pitch = min((width - taken) / sum(pixels), _PAGE / sum(tall))
-        zoom = zoom or math.ceil(_PRINT_DPI * pitch)
+        zoom = math.ceil(_PRINT_DPI * pitch)
         dpi = zoom / pitch
         inner = [round(one * (width - taken) / sum(pixels) * dpi) for one in pixels]
         _check_zoom(zoom, sum(inner), zoom * sum(tall))
@@ -197,32 +201,31 @@ def _told(panel: Panel, style: _Style, ranges: set[tuple[float, float]]) -> Pane
 
 
 def _degrees(panel: Panel, pixels_per_degree: float) -> dict[float, str]:
-    """Where the axes of a picture have ticks, and what these say."""
-    size = min(panel.pixels.shape[:2]) / pixels_per_degree
-    most = max(panel.pixels.shape[:2]) / pixels_per_degree
+    """Where the axes of a picture may have ticks, and what these say."""
+    size = max(panel.pixels.shape[:2]) / pixels_per_degree
     ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(0, size)
-    step = ticks[1] - ticks[0]
-    return {float(x): f"{x:.6g}°" for x in step * np.arange(int(most / step + 1e-9) + 1)}
+    return {float(x): f"{x:.6g}°" for x in ticks if x <= size * (1 + 1e-9)}
 
 
 def _fill(ax: Axes, panel: Panel, style: _Style) -> None:
     low, high = panel.vrange
-    extent = None
-    if style.pixels_per_degree is None:
-        ax.set_axis_off()
-    else:
-        height, width = (length / style.pixels_per_degree for length in panel.pixels.shape[:2])
-        extent = (0, width, 0, height)
+    height, width = (length / (style.pixels_per_degree or 1) for length in panel.pixels.shape[:2])
+    corners = None if style.pixels_per_degree is None else (0, width, 0, height)
     shown = (panel.pixels - low) / (high - low)
     # "none": dots as by "nearest" on a screen, and the pixels themselves in PDF and SVG
-    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="none", origin="upper", extent=extent)
-    if extent is not None and style.pixels_per_degree is not None:
-        for axis, length in ((ax.xaxis, extent[1]), (ax.yaxis, extent[3])):
-            ticks = {x: text for x, text in _degrees(panel, style.pixels_per_degree).items() if x <= length + 1e-9}
-            axis.set_ticks(list(ticks), list(ticks.values()))
-        ax.tick_params(length=2, pad=2, width=0.5, labelsize=style.fontsize)
-        ax.spines[:].set_linewidth(0.5)
+    ax.imshow(shown, vmin=0, vmax=1, cmap="gray", interpolation="none", origin="upper", extent=corners)
     ax.set_title(panel.title, fontsize=style.fontsize, loc="center", pad=_PAD)
+    if style.pixels_per_degree is None:
+        ax.set_axis_off()
+        return
+    figure, box = cast(Figure, ax.figure), ax.get_window_extent()
+    for side, (axis, length, dots) in enumerate(((ax.xaxis, width, box.width), (ax.yaxis, height, box.height))):
+        ticks = [x for x in _degrees(panel, style.pixels_per_degree).items() if x[0] <= length * (1 + 1e-9)]
+        taken = 1.2 * max(extent(figure, text, style.fontsize)[side] for _, text in ticks)
+        step = math.ceil(taken * length / (dots * ticks[1][0])) if len(ticks) > 1 else 1  # so that labels have room
+        axis.set_ticks(*zip(*ticks[::step], strict=True))
+    ax.tick_params(length=2, pad=3, width=0.5, labelsize=style.fontsize)
+    ax.spines[:].set_linewidth(0.5)
 
 
 def _bar(panel: Panel, style: _Style, **place: Any) -> None:

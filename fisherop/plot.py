@@ -57,9 +57,9 @@ def imshow(
     title : str or sequence of str
         For each picture; the values of black and white are added.
     zoom : int, optional
-        By default such that a picture is about 260 dots large at the figure's 100 dots per inch, or, where `width` is
-        given, such that there are 300 per inch or more. Save it with the figure's `dpi`, or a multiple; a PDF holds the
-        pixels themselves.
+        By default such that a picture is about 260 dots large at the figure's 100 dots per inch. Where `width` is given
+        in its place, there are 300 dots per inch or more. Save it with the figure's `dpi`, or a multiple; a PDF holds
+        the pixels themselves.
     as_rgb : bool, optional
         Three channels in one colour picture, or each in a grey one of its own; by default in colour where there are
         three.

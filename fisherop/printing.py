@@ -79,6 +79,10 @@ def printed(
         _legend(figure)
         figure.draw_without_rendering()
         _turn_labels(figure)
+        for ax in figure.axes:
+            box = ax.get_window_extent()
+            ax.set_xlabel(wrapped(figure, ax.get_xlabel(), box.width, fontsize))
+            ax.set_ylabel(wrapped(figure, ax.get_ylabel(), box.height, fontsize))
 
 
 def _legend(figure: Figure) -> None:
@@ -86,6 +90,7 @@ def _legend(figure: Figure) -> None:
     named: dict[str, Any] = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            label = wrapped(figure, label, 0.8 * figure.bbox.width, rcParams["legend.fontsize"])
             named.setdefault(label, handle)
     for columns in range(min(4, len(named)), 0, -1):
         look: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
@@ -117,6 +122,8 @@ def wrapped(figure: Figure, text: str, width: float, fontsize: float) -> str:
 
     Where it fits, a number stays with the word before, % and × with the number, and a part of a word with its dash.
     """
+    if not text:
+        return ""
     lines: list[str] = []
 
     def fits(line: str) -> bool:

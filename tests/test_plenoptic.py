@@ -10,6 +10,7 @@ from matplotlib import pyplot
 
 import fisherop
 import fisherop.plenoptic as po
+from fisherop.pictures import short
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 MATRIX = matrix_with_singular_values(np.linspace(3, 1, 60), 70, 60)
@@ -44,7 +45,7 @@ def test_one_eigendistortion_by_its_rank():
         np.testing.assert_allclose(shown(figure)[0], expected)
         rank, value = ed.result.eigenindex[column], ed.result.eigenvalues[column]
         clipped = np.ceil(100 * np.mean(whole != expected))
-        title = f"image + 2 × eigendistortion {rank}\nλ = {value:.3g}\nblack 0, white 1, {clipped:.0f} % clipped"
+        title = f"image + 2 × eigendistortion {rank}\nλ = {short(float(value))}\nblack 0, white 1, {clipped:.0f} % clipped"
         assert titles(figure) == [title]
         assert pyplot.gcf() is figure
     own, ax = pyplot.subplots()
