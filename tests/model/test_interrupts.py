@@ -66,11 +66,17 @@ class AtLine:
         self.n, self.count = n, 0
 
     def __call__(self, frame, event, argument):
+        if self._deletes(frame) or (frame.f_back is not None and self._deletes(frame.f_back)):
+            return self  # Python itself lets no exception out of there
         self.count += 1
         if self.count == self.n:
             sys.settrace(None)
             raise KeyboardInterrupt
         return self
+
+    @staticmethod
+    def _deletes(frame):
+        return frame.f_code.co_name == "__del__"
 
     def __enter__(self):
         sys.settrace(self)
@@ -160,9 +166,11 @@ from unharmed import settings
 
 model = Layers().double().eval()
 expected = products(model, "auto", image())
-start = time.process_time()
-products(Layers().double().eval(), "auto", image())
-usual = time.process_time() - start
+usual = float("inf")
+for _ in range(3):
+    start = time.process_time()
+    products(Layers().double().eval(), "auto", image())
+    usual = min(usual, time.process_time() - start)
 draw, came = random.Random(0), 0
 for _ in range({times}):
     model = Layers().double().eval()
