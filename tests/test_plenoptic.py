@@ -45,14 +45,8 @@ def test_one_eigendistortion_by_its_rank():
         np.testing.assert_allclose(shown(figure)[0], expected)
         rank, value = ed.result.eigenindex[column], ed.result.eigenvalues[column]
         clipped = np.ceil(100 * np.mean(whole != expected))
-<<<<<<< HEAD
-        title = (
-            f"image + 2 × eigendistortion {rank}\nλ = {short(float(value))}\nblack 0, white 1, {clipped:.0f} % clipped"
-        )
-=======
         title = f"image + 2 × eigendistortion {rank}\nλ = {short(float(value))}\n"
         title += f"black 0, white 1, {clipped:.0f} % clipped"
->>>>>>> figures
         assert titles(figure) == [title]
         assert pyplot.gcf() is figure
     own, ax = pyplot.subplots()
