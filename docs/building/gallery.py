@@ -68,7 +68,7 @@ def settings(docs):
     return {
         "examples_dirs": [str(docs.parent / "examples")],
         "gallery_dirs": [str(docs / "tutorials")],
-        "ignore_pattern": r"(^|/)models\.py$",
+        "ignore_pattern": r"(^|/)networks\.py$",
         "filename_pattern": "/",
         "within_subsection_order": "building.gallery.Order",
         "image_scrapers": ("building.gallery.saved",),
