@@ -225,6 +225,8 @@ def _fill(ax: Axes, panel: Panel, style: _Style) -> None:
         step = math.ceil(taken * length / (dots * ticks[1][0])) if len(ticks) > 1 else 1  # so that labels have room
         axis.set_ticks(*zip(*ticks[::step], strict=True))
     ax.tick_params(length=2, pad=3, width=0.5, labelsize=style.fontsize)
+    if ax.get_yticks()[-1] > 0.9 * height:
+        ax.get_yticklabels()[-1].set_verticalalignment("top")  # below the title
     ax.spines[:].set_linewidth(0.5)
 
 

@@ -95,7 +95,6 @@ def _legend(figure: Figure) -> None:
     for columns in range(min(4, len(named)), 0, -1):
         look: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         legend = figure.legend(list(named.values()), list(named), **look)
-        figure.draw_without_rendering()
         box = legend.get_window_extent()
         if columns == 1 or box.width <= figure.bbox.width:
             figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
