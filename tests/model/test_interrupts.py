@@ -11,6 +11,7 @@ import torch
 from kinds import flat
 from torch import nn
 from torch.utils import checkpoint
+from torch.multiprocessing import reductions
 from torch.utils._python_dispatch import TorchDispatchMode
 from unharmed import settings
 
@@ -66,8 +67,8 @@ class AtLine:
         self.n, self.count = n, 0
 
     def __call__(self, frame, event, argument):
-        if self._deletes(frame) or (frame.f_back is not None and self._deletes(frame.f_back)):
-            return self  # Python itself lets no exception out of there
+        if self._is_exempt(frame) or (frame.f_back is not None and self._is_exempt(frame.f_back)):
+            return self
         self.count += 1
         if self.count == self.n:
             sys.settrace(None)
@@ -75,8 +76,9 @@ class AtLine:
         return self
 
     @staticmethod
-    def _deletes(frame):
-        return frame.f_code.co_name == "__del__"
+    def _is_exempt(frame):
+        """Python lets no exception out of a ``__del__``, and PyTorch's weak references have one, which needs all."""
+        return frame.f_code.co_name == "__del__" or frame.f_code.co_filename == reductions.__file__
 
     def __enter__(self):
         sys.settrace(self)
