@@ -10,8 +10,8 @@ import pytest
 import torch
 from kinds import flat
 from torch import nn
-from torch.utils import checkpoint
 from torch.multiprocessing import reductions
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from unharmed import settings
 
