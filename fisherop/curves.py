@@ -122,7 +122,9 @@ def _draw_spectrum(
         arrow = {"arrowstyle": "->", "color": style["color"]}
         ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
         ax.plot(place, floor / 30, alpha=0)  # makes room
-    ax.axhline(result.tol * top, **style, markevery=[1], ms=4, lw=1, ls="--", label=f"{prefix}tol · λ_max")
+    ax.axhline(
+        result.tol * top, **style, markevery=[1], ms=4, clip_on=False, lw=1, ls="--", label=f"{prefix}tol · λ_max"
+    )
 
 
 def convergence(
