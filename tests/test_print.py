@@ -102,14 +102,14 @@ def test_every_figure_takes_the_options_that_have_a_meaning_for_it():
 OPTIONS = [
     {},
     {"fontsize": 8},  # what journals ask for at most
-    {"colorbar": True},
-    {"pixels_per_degree": 3},
+    pytest.param({"colorbar": True}, marks=pytest.mark.slow),
+    pytest.param({"pixels_per_degree": 3}, marks=pytest.mark.slow),
     {"colorbar": True, "pixels_per_degree": 40, "titles": False},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("width", [COLUMN, None])
+@pytest.mark.parametrize("width", [COLUMN, pytest.param(None, marks=pytest.mark.slow)])
 @of(FIGURES)
 def test_text_has_room(figure, width, options):
     if not options.keys() <= {"fontsize"} and figure not in ALL_PICTURES.values():
@@ -132,7 +132,7 @@ def test_text_has_room(figure, width, options):
 
 @of(FIGURES)
 def test_width_and_fontsize_are_what_is_asked_for(figure):
-    for width, fontsize in ((COLUMN, 6), (PAGE, 8.5), (5, None), (None, 12), (None, None)):
+    for width, fontsize in ((COLUMN, 6), (None, None)):
         with rc_context({"font.size": 11, "axes.titlesize": "xx-large", "legend.fontsize": 3}):
             drawn = figure(width=width, fontsize=fontsize)
         assert width is None or drawn.get_figwidth() == pytest.approx(width, abs=1e-6)
