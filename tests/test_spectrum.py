@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SPECTRA, diagonal, linear_operator
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fisherop import Eigendistortion, FisherOperator, eigenpairs, files, noise, plot, spaces, spectral_density
@@ -71,6 +71,7 @@ def test_small_operators_are_exact(m, n, decades, scale, seed):
     n=st.integers(3, 60), steps=st.integers(1, 20), b=st.integers(1, 3), decades=st.floats(0, 8),
     kind=st.sampled_from(["spread", "null", "cluster"]), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
+@example(n=8, steps=4, b=2, decades=8.0, kind="spread", seed=0)
 def test_quadrature_bounds_the_spectral_measure(n, steps, b, decades, kind, seed):
     """That of the very vectors that a run started from: no chance in it."""
     rng = np.random.default_rng(seed)
@@ -93,16 +94,20 @@ def test_quadrature_bounds_the_spectral_measure(n, steps, b, decades, kind, seed
         assert_bounded(run, one, values)
 
 
+# of shares, where x is next to a node, or eigenvalues lie 10⁻¹⁰ λ_max apart, whose vectors rounding mixes
+ROUNDING = 1e-5
+
+
 def assert_bounded(run, v, values):
     np.testing.assert_allclose((run.start**2).sum(), 1, rtol=1e-9)
     thresholds = np.geomspace(1e-10, 2, 15) * values[0]
     truth = np.array([(v[values < x] ** 2).sum() for x in thresholds])
     for x, share in zip(thresholds, truth, strict=True):
         low, high = run.shares_below(x)
-        assert low - 1e-7 <= share <= high + 1e-7  # rounding, where x is next to a node
+        assert low - ROUNDING <= share <= high + ROUNDING
     wide = run.curves_below(thresholds)
-    assert (wide[0] - 1e-7 <= truth).all() and (truth <= wide[1] + 1e-7).all()
-    assert (wide[0] <= [run.shares_below(x)[0] + 1e-7 for x in thresholds]).all()
+    assert (wide[0] - ROUNDING <= truth).all() and (truth <= wide[1] + ROUNDING).all()
+    assert (wide[0] <= [run.shares_below(x)[0] + ROUNDING for x in thresholds]).all()
     for eps in (1e-1, 1e-3):
         exact = v**2 @ np.log(values / values[0] + eps)
         nodes, weights = run.gauss()
