@@ -202,7 +202,6 @@ def gc_disabled():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch differentiates in threads for CUDA, which no fork has")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_within_a_forward_mode_level():
     """The child has none of the levels of a thread that it doesn't have."""
