@@ -224,8 +224,13 @@ def test_a_fork_within_a_forward_mode_level():
         try:
             found = linearize(torch.zeros(3), lambda x: 2 * x.sin(), engine="functional").jvp(torch.ones(1, 3))
             code = 0 if torch.equal(found, torch.full((1, 3), 2.0)) else 2
+        except RuntimeError as error:
+            code = 3 if "fork-based multiprocessing" in str(error) else 4
         finally:
             os._exit(code)
     leave.set()
     thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 3:
+        pytest.skip("on a machine with a GPU, PyTorch refuses backward passes in forks of a process that has made some")
+    assert code == 0
