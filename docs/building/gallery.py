@@ -7,6 +7,7 @@ from sphinx_gallery.scrapers import figure_rst
 from tqdm.auto import tqdm
 
 import fisherop.progress
+import fisherop.several_models
 import fisherop.sweeps
 
 ORDER = [
@@ -56,7 +57,8 @@ def clean(gallery_conf, fname):
         shutil.rmtree(examples / name, ignore_errors=True)
     for one in ("study.html", "study.csv"):
         (examples / one).unlink(missing_ok=True)
-    fisherop.progress.tqdm = fisherop.sweeps.tqdm = quiet
+    for module in (fisherop.progress, fisherop.several_models, fisherop.sweeps):
+        module.tqdm = quiet
 
 
 def quiet(*args, disable=False, **options):
