@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.density import SpectralDensity
 from fisherop.eigendistortion import Eigendistortion
-from fisherop.printing import COLOURS, cycle, entitle, every, printed
+from fisherop.printing import COLOURS, cycle, entitle, every, plain, printed
 from fisherop.result import EigenResult, Status
 from fisherop.sweeps import Record, SweepResult
 
@@ -354,6 +354,7 @@ def sweep(
         raise ValueError("there is nothing to draw: no task of the sweep is done")
     finite = np.concatenate([one.thresholds[np.isfinite(one.thresholds)] for one in result] or [np.ones(1)])
     top = 3 * finite.max(initial=0.0) or 1.0
+    infinite: dict[float, str] = {}
     with printed(width, fontsize, titles, (max(4.0, 1.2 + 0.9 * len(columns)), 3.8)) as (figure, ax):
         for x, records in enumerate(columns.values()):
             for is_least in (False, True):
@@ -363,7 +364,6 @@ def sweep(
                 heights, bounds = (np.array(column) for column in zip(*found, strict=True))
                 place = x + (0.2 if is_least else -0.2)
                 spread = 0.12 * (np.arange(len(heights)) / max(len(heights) - 1, 1) - 0.5)
-                n_infinite = int(np.isinf(heights).sum())
                 colour, marker = COLOURS[int(is_least)], "ov"[int(is_least)]
                 label = ("least" if is_least else "most") + " noticeable"
                 for chosen, face, what in ((~bounds, colour, ""), (bounds, "none", ", at least")):
@@ -374,13 +374,17 @@ def sweep(
                         )
                 style = "--" if bounds.any() else "-"
                 ax.hlines(min(float(np.median(heights)), top), place - 0.14, place + 0.14, color=colour, lw=2, ls=style)
-                if n_infinite:
-                    text = f"∞: {n_infinite} of {len(heights)}"
-                    ax.annotate(text, (place, top), (0, 6), textcoords="offset points", ha="center")
+                if np.isinf(heights).any():
+                    infinite[place] = f"∞: {np.isinf(heights).sum()} of {len(heights)}"
         ax.set_yscale("log")
         ax.set_xlim(-0.6, len(columns) - 0.4)
-        ax.set_xticks(range(len(columns)), [several[0].name.replace(" ", "\n") for several in columns.values()])
+        ax.set_xticks(range(len(columns)), [plain(v[0].name).replace(" ", "\n") for v in columns.values()])
         ax.set_ylabel("threshold 1 / √λ, a norm")
+        if infinite:
+            above = ax.twiny()
+            above.set_xlim(ax.get_xlim())
+            above.set_xticks(list(infinite), list(infinite.values()))
+            above.tick_params(length=0)
         n_failed = len(result.failed)
         images = len({one.image for records in columns.values() for one in records})
         title = f"{images} image{'s' * (images > 1)}"

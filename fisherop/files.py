@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -133,6 +134,8 @@ def _damage(path: str | os.PathLike) -> Iterator[None]:
     except _OfFormat as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # of whatever kind the parsers trip over
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise  # the file may be sound
         raise ValueError(f"{path} is damaged or was cut short, so that nothing was loaded: {error}") from error
 
 

@@ -22,7 +22,7 @@ from fisherop.observed import at
 from fisherop.pooled import Pooled, checked, pool
 
 _KEPT = 2  # operators of which a worker's process holds shares
-_shares: collections.OrderedDict[str, dict[int, Pooled]] = collections.OrderedDict()  # by operator
+_shares: collections.OrderedDict[str, dict[int, tuple[Pooled, str]]] = collections.OrderedDict()  # by operator
 _lock = threading.Lock()  # building
 
 
@@ -37,6 +37,8 @@ class OnWorkers(Jacobian):
     client : distributed.Client
     shares : sequence of bytes
         What `_build` makes a `Pooled` of.
+    recipe : Recipe
+        Of the model.
     timeout : float
         Seconds without any worker after which a product is given up.
     like : Tensor
@@ -45,13 +47,17 @@ class OnWorkers(Jacobian):
 
     is_stacked = True
 
-    def __init__(self, client: Any, shares: Sequence[bytes], timeout: float, like: Tensor) -> None:
+    def __init__(self, client: Any, shares: Sequence[bytes], recipe: Recipe, timeout: float, like: Tensor) -> None:
         self.client, self.timeout = client, timeout
         self.image_shape = tuple(like.shape)
         self._key, self._shares, self._home = secrets.token_hex(16), list(shares), here()
         self._at: dict[int, str] = {}
+        self._weights = ""
         self.dtype, self.device = like.dtype, like.device
         told = self._ask("told", [()] * len(shares), is_new=True)
+        self._weights = told[0]["weights"]
+        for one in told:
+            recipe.check(one["weights"], self._weights)
         self._sizes = [one["shape"][0] for one in told]
         self.shape = sum(self._sizes), told[0]["shape"][1]
         self.mismatch, self.chunk_size = max(one["mismatch"] for one in told), told[0]["chunk_size"]
@@ -100,7 +106,7 @@ class OnWorkers(Jacobian):
         return [found[i] for i in range(len(given))]
 
     def _submit(self, i: int, name: str, arguments: tuple, *, with_share: bool) -> Any:
-        share = self._shares[i] if with_share else None
+        share = (self._shares[i], self._weights) if with_share else None
         where = {"workers": [self._place(i)], "allow_other_workers": True, "pure": False}
         # Dask would say of large arguments that they should be scattered, and what is scattered dies with a worker
         with _dask("dask.config").set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
@@ -169,7 +175,7 @@ def spread(
         share = arrays, recipe, [weights[i] for i in places], memory, device, options, observed
         cure = "define what it holds at the top level of a module that the workers can import"
         shares.append(packed(share, "noise, subspace or metric", cure))
-    return OnWorkers(client, shares, timeout, images[0])
+    return OnWorkers(client, shares, recipe, timeout, images[0])
 
 
 def _dask(name: str) -> Any:
@@ -181,28 +187,29 @@ def _dask(name: str) -> Any:
 
 
 def answer(
-    key: tuple[str, int], share: bytes | None, home: tuple[int, str], name: str, arguments: tuple
+    key: tuple[str, int], share: tuple[bytes, str] | None, home: tuple[int, str], name: str, arguments: tuple
 ) -> tuple | None:
     """In a worker: what a method of a share gives, as a tuple of one; None where the share isn't here and not sent."""
     with threads_in_worker(home, 1):
-        J = _kept(key, share)
-        if J is None:
+        kept = _kept(key, share)
+        if kept is None:
             return None
+        J, weights = kept
         if name == "told":
-            return ({"shape": J.shape, "mismatch": J.mismatch, "chunk_size": J.chunk_size},)
+            return ({"shape": J.shape, "mismatch": J.mismatch, "chunk_size": J.chunk_size, "weights": weights},)
         rows = [torch.from_numpy(x.copy()).to(J.device) for x in arguments]
         out = getattr(J, name)(*rows)
         return (tuple(map(_sent, out)) if isinstance(out, tuple) else _sent(out),)
 
 
-def _kept(key: tuple[str, int], share: bytes | None) -> Pooled | None:
+def _kept(key: tuple[str, int], share: tuple[bytes, str] | None) -> tuple[Pooled, str] | None:
     operator, i = key
     with _lock:
         held = _shares.get(operator, {})
         if i not in held:
             if share is None:
                 return None
-            held[i] = _build(share)
+            held[i] = _build(*share)
             _shares[operator] = held
         _shares.move_to_end(operator)
         while len(_shares) > _KEPT:
@@ -210,16 +217,19 @@ def _kept(key: tuple[str, int], share: bytes | None) -> Pooled | None:
         return held[i]
 
 
-def _build(share: bytes) -> Pooled:
+def _build(share: bytes, expected: str) -> tuple[Pooled, str]:
+    """A share, and the identity of its model's weights, which must be those of the other shares, if these are known."""
     arrays, recipe, weights, memory, device, options, observed = unpacked(share, "the model or what is observed")
     device = device_in_worker(device)
     model = recipe.model(None, device)
-    return pool(
+    recipe.check(recipe.weights(), expected or recipe.weights())
+    pooled = pool(
         [torch.from_numpy(array).to(device) for array in arrays.copy()],
         lambda image: at(image, model, options, observed),
         weights,
         memory,
     )
+    return pooled, recipe.weights()
 
 
 def _sent(x: Tensor) -> NDArray:

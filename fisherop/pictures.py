@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
@@ -96,6 +97,21 @@ def averaged(picture: NDArray, size: int) -> NDArray:
     height, width = (length // size for length in picture.shape[:2])
     blocks = picture[: height * size, : width * size].reshape(height, size, width, size, -1)
     return blocks.mean((1, 3)).reshape(height, width, *picture.shape[2:])
+
+
+def levels_of(image: Tensor, low: float, high: float, most: int, draws: Tensor | None = None) -> Tensor:
+    """The nearest levels, from 0 to `most`; with draws from 0 to 1, one of the two around, with the right mean."""
+    values = (image.detach().cpu().double() - low) / (high - low) * most
+    near = values.round()
+    values = torch.where((values - near).abs() < 1e-4, near, values)  # of a level, but for rounding
+    return torch.floor(values + (0.5 if draws is None else draws)).clamp(0, most).to(torch.int64)
+
+
+def picture_of(levels: Tensor, bits: int) -> Image.Image:
+    """Levels (..., height, width), of one or three channels, for Pillow."""
+    pixels = levels.reshape(-1, *levels.shape[-2:]).numpy()
+    pixels = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
+    return Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16))
 
 
 def png(picture: NDArray, vrange: tuple[float, float]) -> str:

@@ -18,7 +18,7 @@ from fisherop import checks
 from fisherop.files import write
 from fisherop.model.identity import identity
 from fisherop.model.recipe import Recipe, here, packed
-from fisherop.tasks import MODEL, Outcome, Task, kept, open_store, run, unlike
+from fisherop.tasks import MODEL, Outcome, Task, kept, open_store, run
 
 _FORMAT = 1  # of what a file's name stands for
 _AHEAD = 2**30  # bytes of tasks that are sent before they run
@@ -49,7 +49,8 @@ class Plan:
         self.jobs = [Job(image, tensor, *entry) for image, tensor in named.items() for entry in self.entries]
         self.files: list[str] = [""] * len(self.jobs)
         self.folder, self.mark, self.device = None, "", device
-        self.weights: dict[int, str] = {}  # by recipe
+        self.weights: dict[int, str] = {}  # by recipe, as the first task found them
+        self.identities: dict[int, str] = {}  # by recipe, where there is a store
         self.sent: Any = settings
         size = max(tensor.numel() * tensor.element_size() for tensor in named.values())
         if self.is_remote:
@@ -62,7 +63,9 @@ class Plan:
         """Open a store; what it holds already."""
         self.folder = pathlib.Path(os.path.abspath(os.fsdecode(folder)))
         self.mark = open_store(self.folder)
-        constant = identity({name: x for name, x in self.settings.items() if name != "maxiter"}, _FORMAT)
+        settings = {name: self.settings[name] for name in sorted(self.settings) if name != "maxiter"}
+        settings = {name: x.item() if isinstance(x, np.generic) else x for name, x in settings.items()}
+        constant = identity(settings, _FORMAT)
         of_models: dict[int, Any] = {}
         of_images: dict[int | str, str] = {}
         found = {}
@@ -76,7 +79,11 @@ class Plan:
                 of_images[job.image] = identity(job.tensor)
             parts = (constant, of_models[id(job.recipe)], of_images[job.image], job.layer)
             self.files[i] = str(self.folder / f"{identity(parts)}.npz")
-            facts = kept(self.files[i], job.tensor)
+            try:
+                facts = kept(self.files[i], job.tensor)
+            except OSError as error:  # another user's, who lets nobody read it
+                found[i] = Outcome.of_error(error)
+                continue
             if facts is not None:
                 found[i] = Outcome(facts)
         return found
@@ -84,8 +91,8 @@ class Plan:
     def _identified(self, recipe: Recipe) -> str | Outcome:
         """What a model is, or why it can't be told, as what comes of its tasks."""
         try:
-            self.weights[id(recipe)] = recipe.weights()
-            return identity(recipe.model())
+            self.identities[id(recipe)] = recipe.identity()
+            return self.identities[id(recipe)]
         except (Exception, SystemExit) as error:
             return Outcome.of_error(error)
         finally:
@@ -103,14 +110,17 @@ class Plan:
         device = self.device
         if device is None and job.tensor.device.type != "cpu":
             device = job.tensor.device.type if self.is_remote else str(job.tensor.device)
-        where = self.files[i], self.mark, here(), self.weights.get(id(job.recipe), "")
+        where = self.files[i], self.mark, here(), self.identities.get(id(job.recipe), "")
         return Task(job.tensor, job.recipe, job.layer, self.sent, device, self.threads, *where)
 
     def keep(self, i: int, outcome: Outcome) -> Outcome:
         """Write what a worker could not; refuse what comes of a model with other weights than before."""
         recipe = self.jobs[i].recipe
-        if outcome.weights and self.weights.setdefault(id(recipe), outcome.weights) != outcome.weights:
-            return Outcome.of_error(RuntimeError(unlike(recipe.name)))
+        if outcome.weights:
+            try:
+                recipe.check(outcome.weights, self.weights.setdefault(id(recipe), outcome.weights))
+            except RuntimeError as error:
+                return Outcome.of_error(error)
         if outcome.fields is None or not self.files[i]:
             return outcome
         write(self.files[i], outcome.fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -341,7 +342,9 @@ def _alone(change: NDArray, title: str, percentile: float | None) -> Panel:
 
 def _threshold(result: EigenResult, i: int) -> str:
     """1 / √λ, by what the distortion is multiplied to be noticed; a bound where λ is null to tol."""
-    return f"threshold {'≥ ' * (result.status[i] == Status.NULL)}{short(amplitudes_at_threshold(result)[i])}"
+    amplitude = amplitudes_at_threshold(result)[i]
+    is_bound = result.status[i] == Status.NULL and math.isfinite(amplitude)
+    return f"threshold {'≥ ' * is_bound}{short(amplitude)}"
 
 
 def _scale(scale: float | None, limits: tuple[float, float], size: int) -> float:

@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#C
 """Of Okabe and Ito (2008), for the colour-blind; those that come first differ in a print without colours, too."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _TRUETYPE: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # matplotlib's default is Type 3, which journals refuse
+_HINTING = 1.05  # how much wider text may be at another resolution, where its letters are fitted to other dots
 _SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize", "figure.titlesize")
 
 
@@ -79,10 +80,13 @@ def printed(
         _legend(figure)
         figure.draw_without_rendering()
         _turn_labels(figure)
-        for ax in figure.axes:
-            box = ax.get_window_extent()
-            ax.set_xlabel(wrapped(figure, ax.get_xlabel(), box.width, fontsize))
-            ax.set_ylabel(wrapped(figure, ax.get_ylabel(), box.height, fontsize))
+        labels = [(ax, ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
+        for _ in range(2):  # broken lines leave less room to the axes
+            figure.draw_without_rendering()
+            for ax, below, beside in labels:
+                box = ax.get_window_extent()
+                ax.set_xlabel(wrapped(figure, below, box.width, fontsize))
+                ax.set_ylabel(wrapped(figure, beside, box.height, fontsize))
 
 
 def _legend(figure: Figure) -> None:
@@ -96,24 +100,35 @@ def _legend(figure: Figure) -> None:
         look: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         legend = figure.legend(list(named.values()), list(named), **look)
         box = legend.get_window_extent()
-        if columns == 1 or box.width <= figure.bbox.width:
+        if columns == 1 or _HINTING * box.width <= figure.bbox.width:
             figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
             break
         legend.remove()
 
 
 def _turn_labels(figure: Figure) -> None:
-    """Names below an axis, where they would run into each other, read upwards."""
+    """Names along an axis, where they would run into each other, read upwards, each in one line; the figure grows."""
     for ax in figure.axes:
-        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
-        if any(one.x1 > other.x0 for one, other in pairwise(boxes)):
+        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        if any(one.x1 + (_HINTING - 1) * one.width > other.x0 for one, other in pairwise(boxes)):
+            if any("\n" in label.get_text() for label in labels):
+                ax.set_xticks(ax.get_xticks(), [label.get_text().replace("\n", " ") for label in labels])
             ax.tick_params(axis="x", labelrotation=90)
+            longest = max(extent(figure, label.get_text(), label.get_fontsize())[0] for label in ax.get_xticklabels())
+            taken = max(box.height for box in boxes)
+            figure.set_figheight(figure.get_figheight() + max(0.0, longest - taken) / figure.dpi)
 
 
 def entitle(figure: Figure, title: str, titles: bool) -> None:
     """A title of the whole figure, unless there are to be no titles, broken where it is wider."""
     if titles:
         figure.suptitle(wrapped(figure, title, 0.95 * figure.bbox.width, rcParams["figure.titlesize"]))
+
+
+def plain(name: str) -> str:
+    """A name, as it is: matplotlib would read a formula between two dollars."""
+    return name.replace("$", r"\$")
 
 
 def wrapped(figure: Figure, text: str, width: float, fontsize: float) -> str:
@@ -144,8 +159,8 @@ def wrapped(figure: Figure, text: str, width: float, fontsize: float) -> str:
 
 
 def extent(figure: Figure, text: str, fontsize: float) -> tuple[float, float]:
-    """Width and height of a text in dots."""
+    """Width and height of a text in dots, as much as it takes at any resolution."""
     drawn = figure.text(0, 0, text, fontsize=fontsize)
     box = drawn.get_window_extent()
     drawn.remove()
-    return box.width, box.height
+    return _HINTING * box.width, box.height

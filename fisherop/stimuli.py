@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from PIL import Image
 from torch import Tensor
 
 from fisherop import checks
 from fisherop.atomic import replacing
 from fisherop.distortions import Distortions
 from fisherop.model.slopes import norm
+from fisherop.pictures import levels_of, picture_of
 from fisherop.thresholds import check_response
 
 _UNITS = ("norm", "rms", "threshold")
@@ -92,7 +92,7 @@ def max_amplitude(
     IndexError
         There is no such distortion.
     """
-    change, _ = _change(ed, index, window)
+    change, *_ = _change(ed, index, window)
     low, high = _gamut(ed, gamut)
     image, size = ed.image.double(), change.double().abs()
     room = torch.minimum(image - low, high - image) + _rounding(ed, low, high) / 2
@@ -157,7 +157,7 @@ def _series(
     is_measured: bool,
 ) -> list[Stimulus]:
     """`series`; what is not measured lacks the response's true change."""
-    change, place = _change(ed, index, window)
+    change, share_left, place = _change(ed, index, window)
     low, high = _gamut(ed, gamut)
     checks.choice("unit", unit, _UNITS)
     clip = checks.flag("clip", clip)
@@ -171,7 +171,7 @@ def _series(
     if unit == "rms":
         factor = change.numel() ** 0.5 / length
     elif unit == "threshold":
-        if slope <= 2 * result.noise * result.lambda_max_bounds[0] ** 0.5 * length:
+        if slope <= 2 * result.noise * result.lambda_max_bounds[0] ** 0.5 * share_left:
             raise ValueError("the threshold of this distortion is infinite: give amplitudes in another unit")
         factor = 1 / slope
     rounding = _rounding(ed, low, high)
@@ -221,6 +221,7 @@ def export(
     """Write an image, and the image with distortions at several amplitudes, as files, with a table of them.
 
     Each file is whole at every moment, and the table, ``stimuli.csv``, is written last: without it they are incomplete.
+    After an error, or Ctrl-C, none of them is left.
 
     Parameters
     ----------
@@ -260,7 +261,7 @@ def export(
     ValueError
         Some of it would leave the gamut, or an argument can't be used. Nothing is written then.
     FileExistsError
-        The folder holds a table already.
+        The folder holds a table already, or a file, which no table lists, of a name that is to be written.
     OSError
         The folder or a file can't be written.
     """
@@ -289,43 +290,48 @@ def export(
         several = _series(ed, place, amplitudes, unit, gamut, window, clip, is_measured=False)
         stimuli += [(f"index{one.eigenindex}_{number:03d}", one) for number, one in enumerate(several)]
     draws = None if rng is None else torch.as_tensor(rng.random(tuple(ed.image.shape)))
+    files = [path / f"{name}.{format}" for name, _ in stimuli]
+    earlier = _listed(path)
+    for file in files:
+        if os.path.lexists(file) and file not in earlier:
+            raise FileExistsError(f"{file} is there, and no {_TABLE} lists it: take another folder, or move it away")
     path.mkdir(parents=True, exist_ok=True)
-    _remove_earlier(path)
-    rows = []
-    for name, one in stimuli:
-        file = path / f"{name}.{format}"
-        if format == "npy":
-            shown = one.image
-            with replacing(file) as out:
-                np.save(out, shown.detach().cpu().numpy())
-        else:
-            levels = _levels(one.image, low, high, 2**bits - 1, draws)
-            shown = (levels.double() / (2**bits - 1) * (high - low) + low).to(ed.image)
-            with replacing(file) as out:
-                _picture(levels, bits).save(out, format=_FORMATS[format])
-        change = norm(shown.double() - ed.image.double()) / shown.numel() ** 0.5
-        value = one.eigenvalue if one.eigenindex >= 0 else ""
-        facts = (one.eigenindex, value, one.amplitude, change, one.predicted, _moved(ed, shown), one.clipped)
-        rows.append((file.name, *facts))
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(COLUMNS)
-    table.writerows(rows)
-    with replacing(path / _TABLE) as out:
-        out.write(text.getvalue().encode())
+    for file in [path / _TABLE, *earlier]:  # the table first, so that none is of other files
+        file.unlink(missing_ok=True)
+    try:
+        rows = []
+        for file, (_, one) in zip(files, stimuli, strict=True):
+            if format == "npy":
+                shown = one.image
+                with replacing(file) as out:
+                    np.save(out, shown.detach().cpu().numpy())
+            else:
+                levels = levels_of(one.image, low, high, 2**bits - 1, draws)
+                shown = (levels.double() / (2**bits - 1) * (high - low) + low).to(ed.image)
+                with replacing(file) as out:
+                    picture_of(levels, bits).save(out, format=_FORMATS[format])
+            change = norm(shown.double() - ed.image.double()) / shown.numel() ** 0.5
+            value = one.eigenvalue if one.eigenindex >= 0 else ""
+            facts = (one.eigenindex, value, one.amplitude, change, one.predicted, _moved(ed, shown), one.clipped)
+            rows.append((file.name, *facts))
+        text = io.StringIO()
+        csv.writer(text).writerows([COLUMNS, *rows])
+        with replacing(path / _TABLE) as out:
+            out.write(text.getvalue().encode())
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
     return path / _TABLE
 
 
-def _remove_earlier(folder: pathlib.Path) -> None:
-    """The table of an earlier export, and then what it lists, so that no table is of other files."""
+def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of an earlier export, as its table lists them."""
     try:
         text = (folder / _TABLE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return
-    (folder / _TABLE).unlink()
-    for row in csv.reader(io.StringIO(text)):
-        if row and _NAME.fullmatch(row[0]):
-            (folder / row[0]).unlink(missing_ok=True)
+        return []
+    return [folder / row[0] for row in csv.reader(io.StringIO(text)) if row and _NAME.fullmatch(row[0])]
 
 
 def _place(ed: Distortions, index: int) -> int:
@@ -336,12 +342,12 @@ def _place(ed: Distortions, index: int) -> int:
     return checks.position("index", index, count, "eigendistortions found") % count
 
 
-def _change(ed: Distortions, index: int, window: ArrayLike | None) -> tuple[Tensor, int]:
-    """The distortion as an image, times the window, and its place among those found."""
+def _change(ed: Distortions, index: int, window: ArrayLike | None) -> tuple[Tensor, float, int]:
+    """The distortion as an image, times the window; the share of its norm that this leaves; its place among those."""
     place, result = _place(ed, index), ed.result
     assert result is not None  # or there were no place
     check_response(ed.operator)
-    change = ed.operator.to_tensors(result.eigenvectors[:, [place]])[0]
+    change = whole = ed.operator.to_tensors(result.eigenvectors[:, [place]])[0]
     if window is not None:
         weights = checks.array("window", window, what="an array of weights from 0 to 1").astype(np.float64)
         shape = tuple(ed.image.shape)
@@ -352,7 +358,7 @@ def _change(ed: Distortions, index: int, window: ArrayLike | None) -> tuple[Tens
         change = change * torch.from_numpy(np.ascontiguousarray(weights)).to(change)
         if not bool(change.any()):
             raise ValueError("window leaves nothing of the distortion: take another one")
-    return change, place
+    return change, norm(change.double()) / norm(whole.double()), place
 
 
 def _gamut(ed: Distortions, gamut: tuple[float, float]) -> tuple[float, float]:
@@ -385,16 +391,3 @@ def _moved(ed: Distortions, image: Tensor) -> float:
     lin = ed.operator.linearization
     moved = (lin.respond(image).double() - lin.response.flatten().double()).to(lin.response.dtype)
     return norm(ed.operator.products.to_noise(moved[None])[0].double())
-
-
-def _levels(image: Tensor, low: float, high: float, most: int, draws: Tensor | None) -> Tensor:
-    values = (image.detach().cpu().double() - low) / (high - low) * most
-    near = values.round()
-    values = torch.where((values - near).abs() < 1e-4, near, values)  # of a level, but for rounding
-    return torch.floor(values + (0.5 if draws is None else draws)).clamp(0, most).to(torch.int64)
-
-
-def _picture(levels: Tensor, bits: int) -> Image.Image:
-    pixels = levels.reshape(-1, *levels.shape[-2:]).numpy()
-    pixels = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
-    return Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16))

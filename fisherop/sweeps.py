@@ -94,7 +94,7 @@ class SweepResult(Sequence[Record]):
             job, outcome = plan.jobs[i], outcomes[i]
             empty = np.empty(0)
             facts = outcome.facts or Facts(empty.astype(np.intp), empty, empty, empty, (), 0, 0.0, 0.0)
-            file = plan.files[i] if outcome.facts is not None else ""
+            file = plan.files[i] if outcome.facts is not None and outcome.fields is None else ""
             known: dict[str, Any] = {"image": job.image, "model": job.model, "layer": job.layer or "", **vars(facts)}
             record = Record(file=file, error=outcome.error, traceback=outcome.trace, **known)
             records.append(record)
@@ -172,7 +172,7 @@ class SweepResult(Sequence[Record]):
         """
         checks.instance("record", record, Record, "a Record of this sweep", "take one, as table[0] is")
         names = (record.image, record.model, record.layer)
-        if names not in self._fields:
+        if not any(_is_same(record, one) for one in self):
             raise ValueError(f"record must be of this sweep, got {record!r}")
         if record.error:
             raise ValueError(f"there is nothing to load of {record!r}: its task failed")
@@ -183,6 +183,14 @@ class SweepResult(Sequence[Record]):
             return ed.load(record.file)
         ed._take("the record", {name: np.asarray(value) for name, value in fields.items()})
         return ed
+
+
+def _is_same(one: Record, other: Record) -> bool:
+    """Whether they are one record, or copies of it, as pickles are."""
+    arrays = ("eigenindex", "eigenvalues", "residual_norms")
+    alike = (vars(one).keys() == vars(other).keys()) and one.file == other.file and one.error == other.error
+    names = (one.image, one.model, one.layer) == (other.image, other.model, other.layer)
+    return one is other or (names and alike and all(np.array_equal(getattr(one, a), getattr(other, a)) for a in arrays))
 
 
 def sweep(
@@ -259,12 +267,15 @@ def sweep(
     TypeError, ValueError
         An argument can't be used, or a model can't be sent to other processes.
     OSError
-        The store can't be written to.
+        The store can't be written to. What is done is in the `result` of the exception.
 
     Notes
     -----
     A file's name is a hash of the image, the layer, the settings but for `maxiter`, and the model: its tensors and
-    attributes, and the code of its own classes and functions. So models are built here, too, where there is a store.
+    attributes, and the code of its own classes and functions. So models are built here, too, where there is a store,
+    and a task fails where a worker has another model than this process, or older code. Without a store nobody looks at
+    the code of workers that were started before it was changed. A model that is given itself, and keeps something of
+    its first call as an attribute, is another one afterwards.
     """
     settings = options | {
         "k": checks.integer("k", k),
@@ -305,6 +316,7 @@ def sweep(
             if n_failed and on_error == "raise":
                 _raise(SweepResult(plan, outcomes), next(o for o in outcomes.values() if o.error))
             for i, outcome in outcomes_of(Here() if executor is None else executor, plan, todo):
+                outcomes[i] = outcome  # also where it can't be written
                 outcomes[i] = plan.keep(i, outcome)
                 if outcomes[i].error:
                     n_failed += 1
@@ -312,8 +324,8 @@ def sweep(
                     if on_error == "raise":
                         _raise(SweepResult(plan, outcomes), outcomes[i])
                 bar.update()
-        except KeyboardInterrupt as interrupt:
-            interrupt.result = SweepResult(plan, outcomes)  # pyright: ignore[reportAttributeAccessIssue]
+        except (KeyboardInterrupt, OSError) as error:
+            error.result = SweepResult(plan, outcomes)  # pyright: ignore[reportAttributeAccessIssue]
             raise
         finally:
             plan.forget()

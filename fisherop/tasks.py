@@ -56,7 +56,7 @@ class Outcome:
     ----------
     facts : Facts or None
     weights : str
-        The identity of the weights that the model had where the task ran.
+        The identity of the weights that the model had where the task ran, where nothing is known of it elsewhere.
     fields : mapping or None
         Of the file, where it is still to be written, or kept.
     error, trace : str
@@ -100,8 +100,8 @@ class Task:
         Of the folder, which a worker on another machine may not see.
     home : (int, str)
         The process that made it.
-    weights : str
-        The identity of the model's weights, if its file's name stands for them.
+    identity : str
+        Of the model, if its file's name stands for it.
     """
 
     image: Any
@@ -113,12 +113,12 @@ class Task:
     file: str
     mark: str
     home: tuple[int, str]
-    weights: str = ""
+    identity: str = ""
 
     def __reduce__(self) -> tuple:
         image = self.image if isinstance(self.image, np.ndarray) else as_array(self.image)
         rest = (self.recipe, self.layer, self.settings, self.device, self.threads, self.file, self.mark, self.home)
-        rest += (self.weights,)
+        rest += (self.identity,)
         return type(self), (image, *rest)
 
 
@@ -135,15 +135,16 @@ def run(task: Task) -> Outcome:
             image = task.image if isinstance(task.image, Tensor) else torch.from_numpy(task.image.copy())
             image = image if device is None else image.to(device)
             model = task.recipe.model(task.layer, device)
-            weights = task.recipe.weights()
-            if task.weights and weights != task.weights:
-                raise RuntimeError(unlike(task.recipe.name))
+            weights = ""
+            if task.identity:
+                task.recipe.check(task.recipe.identity(), task.identity)
+            else:
+                weights = task.recipe.weights()
             ed, seconds = _found(task, image, model)
             fields = ed._fields() | {"seconds": seconds}
-            if is_seen:
-                write(task.file, fields)
             assert ed.result is not None
-            return Outcome(facts_of(fields), None if is_seen else fields, weights)
+            is_kept = is_seen and _is_written(task.file, fields)
+            return Outcome(facts_of(fields), None if is_kept else fields, weights)
     except (Exception, SystemExit) as error:
         return Outcome.of_error(error, is_here=is_here)
 
@@ -156,6 +157,15 @@ def _found(task: Task, image: Tensor, model: Any) -> tuple[Eigendistortion, floa
     ed = Eigendistortion(image, model, **{name: settings[name] for name in MODEL if name in settings})
     ed.synthesize(progress=False, **{name: value for name, value in settings.items() if name not in MODEL})
     return ed, time.perf_counter() - start
+
+
+def _is_written(file: str, fields: dict[str, Any]) -> bool:
+    """Whether the file could be written: else it is left to the process that made the task."""
+    try:
+        write(file, fields)
+    except OSError:
+        return False
+    return True
 
 
 def facts_of(fields: dict[str, Any]) -> Facts:
@@ -172,11 +182,6 @@ def facts_of(fields: dict[str, Any]) -> Facts:
         result.n_products,
         seconds,
     )
-
-
-def unlike(name: str) -> str:
-    """What is wrong with a builder that gave a model of other weights than before."""
-    return f"what builds the model {name} gives other weights at each call: let it set a seed, or load them from a file"
 
 
 def kept(file: str, image: ArrayLike | Tensor) -> Facts | None:

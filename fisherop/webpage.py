@@ -99,7 +99,7 @@ def page(
     head, tail = _template(title)
     size = 0
     with replacing(target) as file:
-        file.write(head.encode())
+        file.write(_encoded(head))
         for entry in _entries(source, places):
             size += sum(4 * -(-x.numel() * x.element_size() // 3) for x in (entry.image, entry.changes))
             if size > _MOST:
@@ -107,12 +107,17 @@ def page(
                     f"the page would take more than {_MOST / 1e6:.0f} MB, which browsers hardly open: choose a few "
                     "`indices`, fewer or smaller images, or float32"
                 )
-            file.write(_section(entry, vrange).encode())
+            file.write(_encoded(_section(entry, vrange)))
         if isinstance(source, SweepResult) and source.failed:
             items = "".join(f"<li>{escape(f'{one.image}: {one.name}: {one.error}')}</li>" for one in source.failed)
-            file.write(f"<section><h2>Tasks that failed</h2><ul>{items}</ul></section>\n".encode())
-        file.write(tail.encode())
+            file.write(_encoded(f"<section><h2>Tasks that failed</h2><ul>{items}</ul></section>\n"))
+        file.write(_encoded(tail))
     return pathlib.Path(os.fsdecode(target))
+
+
+def _encoded(text: str) -> bytes:
+    """In UTF-8, also what a file's name holds that is none."""
+    return text.encode(errors="backslashreplace")
 
 
 def _entries(source: Any, places: list[int] | None) -> Iterator[Entry]:
@@ -120,6 +125,8 @@ def _entries(source: Any, places: list[int] | None) -> Iterator[Entry]:
     what = "an Eigendistortion, or several, each alone or as (label, Eigendistortion), or a SweepResult"
     several: Any = [source] if isinstance(source, Distortions) else source
     if isinstance(source, SweepResult):
+        if not source.done:
+            raise ValueError(f"there is nothing to show: no task of the sweep is done, {source!r}")
         several = ((f"{one.image}: {one.name}", source.load(one)) for one in source.done)
     if isinstance(several, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(several, Iterable):
         checks.refuse(TypeError, "source", what, source, "use its items()" if isinstance(source, Mapping) else "")

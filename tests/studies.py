@@ -28,6 +28,13 @@ def build():
     return Net().eval()
 
 
+def from_file(path):
+    """What trainings write."""
+    model = build()
+    model.load_state_dict(torch.load(path))
+    return model
+
+
 def only_on(device):
     """It rejects images that are elsewhere."""
     model = Net().eval()

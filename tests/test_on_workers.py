@@ -1,5 +1,6 @@
 """Many images on the workers of a real cluster, which die: the same operator as in one process."""
 
+import functools
 import os
 import pickle
 import signal
@@ -8,13 +9,15 @@ import time
 
 import numpy as np
 import pytest
+import studies
 import torch
 from helpers import DEVICES
 from studies import Net, build, images
-from test_sweep import cluster
+from test_sweep import cluster, trained
 
 from fisherop import FisherOperator, JacobianOperator, eigenpairs, noise, spaces
 from fisherop.jacobian import uncounted
+from fisherop.model.recipe import Recipe, _received
 from fisherop.on_workers import answer
 
 pytest.importorskip("distributed", reason="dask.distributed is not installed")
@@ -79,6 +82,36 @@ def test_the_same_operator_as_in_one_process(client, kind):
 def test_a_model_may_be_sent_as_what_builds_it(client):
     here, there = FisherOperator.pooled(images(2), build()), FisherOperator.pooled(images(2), build, client=client)
     assert_same(there.products.normal(rows(here))[1], here.products.normal(rows(here))[1])
+
+
+def test_what_builds_a_model_does_so_anew_for_each_operator(client, tmp_path):
+    builder = functools.partial(studies.from_file, tmp_path / "weights.pt")
+    for factor in (1, 2):
+        trained(tmp_path / "weights.pt", factor)
+        here, there = (
+            FisherOperator.pooled(images(2), builder()),
+            FisherOperator.pooled(images(2), builder, client=client),
+        )
+        assert_same(there.products.normal(rows(here))[1], here.products.normal(rows(here))[1])
+
+
+def test_models_that_differ_between_workers_are_refused(client):
+    with pytest.raises(RuntimeError, match="the model unseeded is not the same in all processes"):
+        FisherOperator.pooled(images(2), studies.unseeded, client=client)
+
+
+def test_a_share_whose_model_is_another_one_is_refused(tmp_path):
+    """As a new worker may build it for one that has died."""
+    recipe = Recipe(functools.partial(studies.from_file, trained(tmp_path / "weights.pt", 1)), "net")
+    share = pickle.dumps(
+        (np.stack([image.numpy() for image in images(2)]), recipe, [1, 1], 2**20, "cpu", {}, (None, None, None))
+    )
+    told = answer(("one", 0), (share, ""), (0, ""), "told", ())[0]
+    assert answer(("two", 0), (share, told["weights"]), (0, ""), "told", ()) == (told,)
+    _received.clear()
+    trained(tmp_path / "weights.pt", 2)
+    with pytest.raises(RuntimeError, match="not at each call of what builds it"):
+        answer(("three", 0), (share, told["weights"]), (0, ""), "told", ())
 
 
 def test_a_worker_that_dies_is_made_good():

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from fisherop import Eigendistortion, certify, noise, plot, spaces, stimuli, webpage
+from fisherop.pictures import levels_of
 from fisherop.testing import linear_model, matrix_with_singular_values
 
 MATRIX = torch.as_tensor(matrix_with_singular_values(np.r_[np.geomspace(3, 0.05, 40), np.zeros(8)], 60, 48))
@@ -239,7 +240,7 @@ def value(driver, name):
 
 
 def levels(image, vrange):
-    found = pictures(stimuli._levels(image, *vrange, 255, None)).numpy()
+    found = pictures(levels_of(image, *vrange, 255, None)).numpy()
     return np.broadcast_to(found, (*found.shape[:2], 3))
 
 
@@ -284,7 +285,7 @@ def test_the_slider_moves_pixels_by_what_it_says(browser, tmp_path, shape, dtype
     )  # two levels, where the image's precision decides
     rounded = torch.as_tensor(between).clamp(*vrange).to(dtype)
     got = browser.execute_script("return arguments[0].map(level)", between.flatten().tolist())
-    assert got == stimuli._levels(rounded, *vrange, 255, None).flatten().tolist()
+    assert got == levels_of(rounded, *vrange, 255, None).flatten().tolist()
     for index in range(len(ed.result.eigenvalues)):
         choose(browser, "distortion", index)
         assert element(browser, "distortion").get_property("selectedIndex") == index
@@ -473,7 +474,7 @@ def test_a_notebook_shows_pictures_and_the_table(shape):
     changes = ed.operator.to_tensors(ed.result.eigenvectors)
     expected = [ed.image, *(ed.image + s * scale * changes[i] for i in (0, -1) for s in (1, -1))]
     for pixels, image in zip(shown, expected, strict=True):
-        assert np.array_equal(pixels.reshape(pictures(image).shape), pictures(stimuli._levels(image, 0, 1, 255, None)))
+        assert np.array_equal(pixels.reshape(pictures(image).shape), pictures(levels_of(image, 0, 1, 255, None)))
     rms = ed.detection_thresholds()[1][0]
     assert ed.result._html(range(4)) not in text and f"<td>{rms:.3e}</td></tr>" in text
     assert all(word in text for word in (ed.result.ground, ed.result._head, "− distortion 46, RMS 0.05"))

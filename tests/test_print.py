@@ -80,7 +80,7 @@ def texts(figure):
     of_axes = {id(text) for axis in axes for text in axis.findobj(Text)}
     shown = [text for text in figure.findobj(Text) if id(text) not in of_axes]
     for axis in axes:
-        if axis.axes.axison:  # ticks beyond the limits are there, and not drawn
+        if axis.axes.axison and axis.get_visible():  # ticks beyond the limits are there, and not drawn
             shown += [axis.label, *(tick.label1 for tick in axis._update_ticks())]
     return [text for text in shown if text.get_text() and text.get_visible()]
 
@@ -102,6 +102,7 @@ def test_every_figure_takes_the_options_that_have_a_meaning_for_it():
 OPTIONS = [
     {},
     {"fontsize": 8},  # what journals ask for at most
+    {"fontsize": 11},
     pytest.param({"colorbar": True}, marks=pytest.mark.slow),
     pytest.param({"pixels_per_degree": 3}, marks=pytest.mark.slow),
     {"colorbar": True, "pixels_per_degree": 40, "titles": False},
@@ -109,12 +110,18 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("width", [COLUMN, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [COLUMN, *(pytest.param(width, marks=pytest.mark.slow) for width in (PAGE, None))])
 @of(FIGURES)
 def test_text_has_room(figure, width, options):
     if not options.keys() <= {"fontsize"} and figure not in ALL_PICTURES.values():
         pytest.skip("a figure of lines")
     drawn = figure(width=width, **options)
+    for resolution in (1, 1.1, 1.5):  # of those that it may be saved in, at which letters are of other widths
+        drawn.set_dpi(resolution * drawn.dpi)
+        assert_text_has_room(drawn)
+
+
+def assert_text_has_room(drawn):
     shown = texts(drawn)
     boxes = [text.get_window_extent() for text in shown]
     for text, box in zip(shown, boxes, strict=True):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fisherop import Eigendistortion, noise, spaces, stimuli
 from fisherop.images import load_image
+from fisherop.pictures import levels_of, picture_of
 from fisherop.testing import matrix_with_singular_values
 
 MATRIX = torch.as_tensor(matrix_with_singular_values(np.geomspace(3, 0.05, 48), 60, 48))
@@ -71,9 +72,9 @@ def test_files_are_what_the_table_says(tmp_path, shape, format, bits, dither):
 def test_dither_keeps_the_mean():
     """A change of a fifth of a level survives."""
     image = torch.full((1, 1, 100, 100), 100.2 / 255, dtype=torch.float64)
-    levels = stimuli._levels(image, 0, 1, 255, torch.rand(image.shape, generator=torch.Generator().manual_seed(0)))
+    levels = levels_of(image, 0, 1, 255, torch.rand(image.shape, generator=torch.Generator().manual_seed(0)))
     assert set(levels.unique().tolist()) == {100, 101} and abs(float(levels.double().mean()) - 100.2) < 0.02
-    assert stimuli._levels(image, 0, 1, 255, None).unique().tolist() == [100]
+    assert levels_of(image, 0, 1, 255, None).unique().tolist() == [100]
 
 
 def test_units():
@@ -174,7 +175,7 @@ def test_one_dither_for_all_files(tmp_path):
         assert same.all() if float(row["amplitude"]) == 0 else same[alone].all() and not same[~alone].all()
     image = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16) / 255
     draws = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(stimuli._levels(image, 0, 1, 255, draws).flatten(), torch.arange(256))
+    assert torch.equal(levels_of(image, 0, 1, 255, draws).flatten(), torch.arange(256))
 
 
 def test_a_second_export_takes_the_place_of_the_first(tmp_path, monkeypatch):
@@ -186,10 +187,60 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path, monkeypatch):
     path = stimuli.export(ed, tmp_path, [0, -2, 0], 0.05, replace=True)
     assert {row["file"] for row in table(path)} == {"image.png", "index0_000.png"}
     assert {p.name for p in tmp_path.iterdir()} == {"image.png", "index0_000.png", "stimuli.csv", "mine.png"}
-    monkeypatch.setattr(stimuli, "_picture", lambda *_: 1 / 0)
+    monkeypatch.setattr(stimuli, "picture_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stimuli.export(ed, tmp_path, dither=0, replace=True)
     assert {p.name for p in tmp_path.iterdir()} == {"mine.png"}  # no table of files that aren't there
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_that_no_table_lists_stays(tmp_path, is_link, replace):
+    folder, own = tmp_path / "folder", tmp_path / "photograph.png"
+    folder.mkdir()
+    if is_link:
+        own.write_bytes(b"mine")
+        (folder / "index0_000.png").symlink_to(own)
+    else:
+        own = folder / "index0_000.png"
+        own.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"index0_000.png is there, and no stimuli.csv lists it"):
+        stimuli.export(synthesized(), folder, [0], [0.1], replace=replace)
+    assert own.read_bytes() == b"mine" and [p.name for p in folder.iterdir()] == ["index0_000.png"]
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, after):
+    done = []
+
+    def interrupted(*args):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(args)
+        return picture_of(*args)
+
+    monkeypatch.setattr(stimuli, "picture_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stimuli.export(synthesized(), tmp_path, [0], [0.1, 0.2, 0.3])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scale", [1 / 255**2, 1.0, 1e6])
+@pytest.mark.parametrize("smallest", [0.0, 1e-9, 1e-3])
+def test_thresholds_in_a_metric_are_those_of_the_table(scale, smallest):
+    """In float32, where the smallest can be told from zero, or can't."""
+    matrix = torch.diag(torch.linspace(1, 0.5, 48)).float()
+    matrix[-1, -1] = smallest
+    image = torch.full((6, 8), 0.5)
+    ed = Eigendistortion(image, lambda x: matrix @ x.flatten(), metric=np.full((6, 8), scale))
+    ed.synthesize("exact", progress=False)
+    for index, amplitude in ((0, ed.detection_thresholds()[0][0]), (-1, ed.detection_thresholds()[0][-1])):
+        if np.isinf(amplitude):
+            with pytest.raises(ValueError, match="the threshold of this distortion is infinite"):
+                stimuli.series(ed, index, [1.0], unit="threshold", clip=True)
+        else:
+            (one,) = stimuli.series(ed, index, [1.0], unit="threshold", clip=True)
+            assert one.amplitude == pytest.approx(amplitude, rel=1e-4)
 
 
 def test_the_gamut_is_what_the_dtype_holds():

@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -327,8 +329,111 @@ def test_a_builder_that_is_not_reproducible(store, tmp_path):
     options = {"store": tmp_path} if store else {}
     table = run(images(3), {"net": studies.unseeded}, executor=Unlike(), **options)
     assert len(table.failed) == 3 if store else len(table.failed) == 2
-    assert all("gives other weights at each call: let it set a seed" in one.error for one in table.failed)
+    assert all("or not at each call of what builds it: let that set a seed" in one.error for one in table.failed)
     assert len(stamps(tmp_path)) == 0
+
+
+def trained(path, factor):
+    torch.save({name: factor * x for name, x in build().state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_pool_that_lives_on_builds_anew_for_each_sweep(store, tmp_path):
+    pool, builder = Elsewhere(), {"net": functools.partial(studies.from_file, tmp_path / "weights.pt")}
+    for factor in (1, 2):
+        trained(tmp_path / "weights.pt", factor)
+        options = {"store": tmp_path / "store"} if store else {}
+        found = run(images(2), builder, executor=pool, **options)
+        right = run(images(2), {"net": builder["net"]()})
+        assert not found.failed
+        np.testing.assert_array_equal([one.eigenvalues for one in found], [one.eigenvalues for one in right])
+
+
+class OldCode(Elsewhere):
+    """In which a module was imported before it was changed."""
+
+    def submit(self, fn, task):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Net, "forward", lambda self, x: torch.relu(self.first(x)))
+            return super().submit(fn, task)
+
+
+@pytest.mark.parametrize("model", [build, Net().eval(), (build, "first")])
+def test_results_of_older_code_are_not_kept(model, tmp_path):
+    table = run(images(2), {"net": model}, executor=OldCode(), store=tmp_path)
+    assert all("start new workers after a change of code" in one.error for one in table.failed)
+    assert len(table.failed) == 2 and not stamps(tmp_path)
+    recipe._received.clear()  # as of new workers
+    assert not run(images(2), {"net": model}, executor=Elsewhere(), store=tmp_path).failed
+
+
+@pytest.mark.parametrize("pool", [None, Elsewhere()])
+def test_what_is_done_survives_a_store_that_can_not_be_written(pool, tmp_path, monkeypatch):
+    write, count = fisherop.tasks.write, itertools.count()
+
+    def full(path, fields):
+        if next(count) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, fields)
+
+    monkeypatch.setattr("fisherop.tasks.write", full)
+    monkeypatch.setattr("fisherop.plans.write", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(images(5), [build], executor=pool, store=tmp_path)
+    done = caught.value.result
+    assert len(done.done) == len(done) == 3 and len(stamps(tmp_path)) == 2
+    assert sorted(bool(one.file) for one in done) == [False, True, True]
+    for one in done:  # the one that could not be written, too
+        np.testing.assert_array_equal(done.load(one).eigenvalues, one.eigenvalues)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_file_that_can_not_be_read_is_neither_damaged_nor_the_end(code, tmp_path, monkeypatch):
+    before = run(images(2), [build], store=tmp_path)
+    read, seen = fisherop.tasks.read, stamps(tmp_path)
+
+    def denied(path, *rest):
+        if str(path) == before[0].file:
+            raise OSError(code, os.strerror(code), str(path))
+        return read(path, *rest)
+
+    monkeypatch.setattr("fisherop.tasks.read", denied)
+    table = run(images(2), [build], store=tmp_path)
+    assert [bool(one.error) for one in table] == [True, False] and os.strerror(code) in table[0].error
+    assert stamps(tmp_path) == seen
+
+
+def test_records_of_other_sweeps_are_refused():
+    one, other = run(images(1), [build]), run(images(1), [build], k=3)
+    with pytest.raises(ValueError, match="record must be of this sweep"):
+        one.load(other[0])
+    assert len(other.load(pickle.loads(pickle.dumps(other[0]))).eigenvalues) == 6
+
+
+def test_the_order_and_the_types_of_options_name_no_other_task(tmp_path):
+    run(images(1), [build], store=tmp_path, max_basis=50, basis_memory=2**24)
+    before = stamps(tmp_path)
+    run(images(1), [build], store=tmp_path, basis_memory=np.int64(2**24), max_basis=np.int32(50), k=np.int64(1))
+    assert stamps(tmp_path) == before
+
+
+def test_names_that_are_no_text_and_no_formulas(tmp_path):
+    """As `os.listdir` gives them, and as LaTeX has them."""
+    several = dict(zip([os.fsdecode(b"caf\xe9.png"), "b"], images(2), strict=True))
+    table = run(several, {"m $\\frac$ x": build, "$": build, "$a$": build})
+    table.to_csv(tmp_path / "table.csv")
+    page = plot.page(table, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "caf\\udce9.png" in page
+    figure = plot.sweep(table)
+    figure.savefig(tmp_path / "sweep.png")
+    shown = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert shown == ["m\n\\$\\frac\\$\nx", "\\$", "\\$a\\$"]
+
+
+def test_a_sweep_without_results_has_no_page(tmp_path):
+    with pytest.raises(ValueError, match=r"there is nothing to show: no task of the sweep is done, .* 1 failed"):
+        plot.page(run([torch.full((1, 1, 8, 8), -1.0)], [build]), tmp_path / "page.html")
 
 
 def test_after_ctrl_c_what_is_done_is_kept(tmp_path):
@@ -514,7 +619,7 @@ def test_a_figure_and_a_page_of_a_sweep(tmp_path):
     several[3] = torch.full_like(several[3], -1)
     table = run(several, {"net": build, "first": (build, "first"), "two": lambda x: 3 * x.flatten()[:2]})
     figure = plot.sweep(table)
-    (ax,) = figure.axes
+    ax, above = figure.axes
     assert [label.get_text() for label in ax.get_xticklabels()] == ["net", "first", "two"]
     drawn = [line.get_ydata() for line in ax.get_lines()]
     done = {name: [one for one in table.done if one.model == name] for name in ("net", "first", "two")}
@@ -524,7 +629,8 @@ def test_a_figure_and_a_page_of_a_sweep(tmp_path):
     np.testing.assert_allclose(shown[: len(finite)], finite)
     hollow = sum(len(heights) for heights, line in zip(drawn, ax.get_lines(), strict=True) if line.get_mfc() == "none")
     assert hollow == sum(one.status[end] == "null to tol" for one in table.done for end in (0, -1))
-    assert [text.get_text() for text in ax.texts] == [f"∞: {len(done['two'])} of {len(done['two'])}"]
+    assert [text.get_text() for text in above.get_xticklabels()] == [f"∞: {len(done['two'])} of {len(done['two'])}"]
+    assert above.get_xticks() == pytest.approx([2.2]) and above.get_xlim() == ax.get_xlim()
     assert f"{len(table.failed)} tasks failed" in figure.get_suptitle()
     top = plot.sweep(run(images(2), [build], which="largest"))
     assert len(top.axes[0].get_lines()) == 1

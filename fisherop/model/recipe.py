@@ -64,7 +64,8 @@ class Recipe:
     """A model, or a callable without arguments that builds it.
 
     Where it is unpickled, it is the one that this process received before, if there is one, with what that has built:
-    so that the program of a model serves all images.
+    so that the program of a model serves all images. What builds a model does so anew for each recipe, since the files
+    that it reads may have changed.
 
     Parameters
     ----------
@@ -73,9 +74,10 @@ class Recipe:
         For messages.
     """
 
-    def __init__(self, given: Any, name: str, data: bytes | None = None) -> None:
+    def __init__(self, given: Any, name: str, data: bytes | None = None, token: str | None = None) -> None:
         self.given, self.name = given, name
         self._data = data
+        self._token = secrets.token_hex(8) * is_builder(given) if token is None else token
         self._models: dict[Any, Any] = {}
 
     def model(self, layer: str | None = None, device: torch.device | None = None) -> Any:
@@ -103,14 +105,34 @@ class Recipe:
             )
         return model
 
+    def identity(self) -> str:
+        """What the model is, as it was before it was first asked.
+
+        Raises
+        ------
+        TypeError
+            It can't be told what an object in it stands for.
+        """
+        return self._told("identity", identity)
+
     def weights(self) -> str:
         """The identity of the tensors that a module holds; of another callable, of nothing."""
+        return self._told("weights", _weights)
+
+    def _told(self, name: str, tell: Callable[[Any], str]) -> str:
         with _lock:
-            if "weights" not in self._models:
-                model = self.model()
-                held = (*model.named_parameters(), *model.named_buffers()) if isinstance(model, nn.Module) else ()
-                self._models["weights"] = identity(*((name, tensor.detach()) for name, tensor in held))
-            return self._models["weights"]
+            if name not in self._models:
+                self._models[name] = tell(self.model())
+            return self._models[name]
+
+    def check(self, told: str, expected: str) -> None:
+        """Raise RuntimeError where the identity, or the weights, of the model aren't those of another process."""
+        if told != expected:
+            raise RuntimeError(
+                f"the model {self.name} is not the same in all processes, or not at each call of what builds it: let "
+                "that set a seed, or load the weights from a file that all see; and start new workers after a change "
+                "of code"
+            )
 
     def forget(self) -> None:
         """Drop what was built."""
@@ -132,7 +154,7 @@ class Recipe:
 
     def __reduce__(self) -> tuple:
         self.pack()
-        return _receive, (self._data, self.name)
+        return _receive, (self._data, self.name, self._token)
 
 
 def as_array(image: torch.Tensor) -> NDArray:
@@ -187,15 +209,20 @@ def unpacked(data: bytes, name: str) -> Any:
         ) from error
 
 
-def _receive(data: bytes, name: str) -> Recipe:
-    key = hashlib.sha256(data).hexdigest()
+def _receive(data: bytes, name: str, token: str) -> Recipe:
+    key = hashlib.sha256(data).hexdigest() + token
     with _lock:
         if key not in _received:
-            _received[key] = Recipe(None, name, data)
+            _received[key] = Recipe(None, name, data, token)
         _received.move_to_end(key)
         while len(_received) > _KEPT:
             _received.popitem(last=False)
         return _received[key]
+
+
+def _weights(model: Any) -> str:
+    held = (*model.named_parameters(), *model.named_buffers()) if isinstance(model, nn.Module) else ()
+    return identity(*((name, tensor.detach()) for name, tensor in held))
 
 
 def _moved(model: Callable, device: torch.device) -> Any:
