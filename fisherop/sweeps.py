@@ -226,8 +226,8 @@ def sweep(
         Each as `Eigendistortion` takes one; a mapping gives them names.
     models : sequence or mapping
         Models, or callables without arguments that build one, or ``(either, layer)`` with the name of a layer, as in
-        `LayerResponse`. A mapping gives them names. In other processes models are built once each; a model itself is
-        sent with every task, which for a large one takes longer than to send what builds it.
+        `LayerResponse`. A mapping gives them names. In other processes models are built once for a sweep; a model
+        itself is sent with every task, which for a large one takes longer than to send what builds it.
     executor : concurrent.futures.Executor, optional
         Where tasks run, by default here, one after the other: threads, processes (start them by ``"spawn"``), loky's,
         ``client.get_executor()`` of a Dask client for a cluster, or any other with `submit` whose futures have `done`,

@@ -30,7 +30,7 @@ from fisherop.model.sparse import is_opaque, parts
 
 _PIECE = 2**22  # elements of a tensor at a time
 _EXACT = {bool, int, float, complex, str, bytes, type(None), type(...), range, slice}
-_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype)
+_PLAIN = (torch.dtype, torch.layout, torch.memory_format, np.dtype)
 _NUMBERS = {kind for kind in np.sctypeDict.values() if kind is not np.void and kind is not np.object_}
 _CONTAINERS = (dict, types.MappingProxyType, list, tuple, collections.deque, set, frozenset)
 _WRAPPERS: dict[type, tuple[str, ...]] = {
@@ -71,6 +71,8 @@ def identity(*things: Any) -> str:
         here = stack.pop()
         if type(here) in _EXACT or isinstance(here, _PLAIN) or type(here) in _NUMBERS:
             digest.update(f"{type(here).__name__} {here!r}\n".encode(errors="backslashreplace"))
+        elif isinstance(here, torch.device):
+            digest.update(b"device\n")  # a worker may have another, and compute the same there
         elif id(here) in seen:
             digest.update(f"again {seen[id(here)][0]}\n".encode())
         else:

@@ -125,6 +125,8 @@ def test_copies_are_the_same():
     other.register_forward_hook(print)
     other.register_forward_pre_hook(print, with_kwargs=True)
     assert identity(model) == identity(other)
+    model.device, other.device = torch.device("cpu"), torch.device("cuda", 1)  # as a worker with a GPU has it
+    assert identity(model) == identity(other)
     assert identity(torch.compile(Net())) == identity(torch.compile(Net()))
 
 
