@@ -109,10 +109,14 @@ class Basis(Jacobian):
         axis = self.image.ndim - 3
         for part in colours:
             if axis < 0 or axis > len(shape) - 2 or shape[axis] != len(part.weights):
+                has = (
+                    f"has {shape[axis]}"
+                    if 0 <= axis <= len(shape) - 2
+                    else "has no channels, or a mask tells them apart"
+                )
                 raise ValueError(
                     f"channels has weights of {len(part.weights)} channels, but the image, of shape "
-                    f"{tuple(self.image.shape)}, has no such third dimension from the end, or a mask tells its "
-                    "channels apart"
+                    f"{tuple(self.image.shape)}, {has} (the third dimension from the end): give as many weights"
                 )
             along = _Along(shape, axis, part.weights.to(self.image))
             self._append(along)

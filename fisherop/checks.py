@@ -138,6 +138,7 @@ def position(name: str, value: Any, count: int, things: str) -> int:
 def integers(name: str, value: Any, least: int = 1) -> list[int]:
     """One integer, or a sequence of at least so many."""
     what = "an integer, or a sequence of integers" + (", and not empty" if least else "")
+    what = what if least <= 1 else f"a sequence of at least {least} integers"
     holds = isinstance(value, np.ndarray) or (isinstance(value, Tensor) and _holds(value))
     found: Any = value.tolist() if holds else value
     found = [found] if _is(Integral, found) else found

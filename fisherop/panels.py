@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fisherop import checks
 from fisherop.pictures import describe, ends
-from fisherop.printing import PrintFigure, extent, look, text_of, wrapped
+from fisherop.printing import PRINT_DPI, PrintFigure, extent, look, text_of, wrapped
 
 _DPI, _PANEL = 100, 260  # dots per inch of a figure for the screen, and dots of its panels of usual size
-_PRINT_DPI, _PAGE = 300, 9  # at least, where a width is given, and the most inches of height that pictures take then
+_PAGE = 9  # the most inches of height that pictures take where a width is given
 _GAP, _PRINT_GAP, _BAR = 0.16, 0.08, 0.06  # inches between panels, and that a colour bar is thick
 _PAD = 4  # points between a picture and its title
 _HAIR = 1e-6  # of a dot: up to matplotlib 3.10, a size that rounding leaves just above whole dots takes one more
@@ -120,7 +120,7 @@ def _figure(
             what = f"at least {taken + 0.1 * n_columns:.2f}, for {n_columns} pictures beside each other"
             checks.refuse(ValueError, "width", what, width)
         pitch = min((width - taken) / sum(pixels), _PAGE / sum(tall))
-        zoom = math.ceil(_PRINT_DPI * pitch)
+        zoom = math.ceil(PRINT_DPI * pitch)
         dpi = zoom / pitch
         inner = [round(one * (width - taken) / sum(pixels) * dpi) for one in pixels]
         _check_zoom(zoom, sum(inner), zoom * sum(tall))

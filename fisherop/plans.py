@@ -45,7 +45,7 @@ class Plan:
         self.model_settings = {name: settings[name] for name in MODEL}
         self.is_remote = executor is not None and not isinstance(executor, ThreadPoolExecutor)
         named = _named_images(images)
-        self.entries = _named_models(models)
+        self.entries, self.has_names = _named_models(models), isinstance(models, Mapping)
         self.jobs = [Job(image, tensor, *entry) for image, tensor in named.items() for entry in self.entries]
         self.files: list[str] = [""] * len(self.jobs)
         self.folder, self.mark, self.device = None, "", device

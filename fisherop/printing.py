@@ -17,14 +17,18 @@ COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#C
 """Of Okabe and Ito (2008), for the colour-blind; those that come first differ in a print without colours, too."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _TRUETYPE: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # matplotlib's default is Type 3, which journals refuse
+PRINT_DPI = 300
+"""Dots per inch, at least, where a width is given."""
 _HINTING = 1.05  # how much wider text may be at another resolution, where its letters are fitted to other dots
 _SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize", "figure.titlesize")
 
 
 class PrintFigure(Figure):
-    """A figure that is saved with TrueType fonts, whatever matplotlib's settings are then."""
+    """A figure that is saved in its own resolution and with TrueType fonts, whatever matplotlib's settings are then."""
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
+        if rcParams["savefig.dpi"] == "figure":
+            kwargs.setdefault("dpi", self.dpi)  # matplotlib would take the one that it had when it was made
         # PdfPages, which hands itself over, writes its fonts when it is closed, and these must be of one kind
         with rc_context({} if hasattr(fname, "attach_note") else _TRUETYPE):
             super().savefig(fname, **kwargs)
@@ -73,7 +77,7 @@ def printed(
     width, fontsize, titles = look(width, fontsize, titles)
     size = size if width is None else (width, size[1] * (width / size[0]) ** 0.5)
     with text_of(fontsize):
-        figure = PrintFigure(figsize=size, layout="constrained")
+        figure = PrintFigure(figsize=size, layout="constrained", dpi=None if width is None else PRINT_DPI)
         yield figure, figure.subplots(**grid)
         for ax in figure.axes:
             ax.tick_params(which="both", labelsize=fontsize)  # matplotlib makes ticks later, by its settings then

@@ -32,7 +32,7 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Nullity:
-    """How many eigenvalues are null to tol, by an estimate, and its standard error."""
+    """How many eigenvalues are null to tol, by an estimate, but no fewer than proven, and its standard error."""
 
     estimate: float
     standard_error: float
@@ -98,7 +98,8 @@ class Evidence:
         if self.is_probed:
             words += ", and of another from random vectors orthogonal to them"
         if self.chance > 0:
-            words += "; an eigenvalue more than 2 tol beyond these is missed with a chance of at most "
+            words += "; in the first, " if self.is_probed else "; "
+            words += "an eigenvalue more than 2 tol beyond these is missed with a chance of at most "
             words += f"{self.chance:.1g}"
         if self.confidence > 0:
             words += f"; the outer bounds of λ_min and λ_max hold with probability {self.confidence:.3f}"

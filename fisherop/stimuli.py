@@ -182,10 +182,10 @@ def _series(
         wanted = ed.image.double() + amplitude * change.double()
         share = float(((wanted < low - rounding) | (wanted > high + rounding)).double().mean())
         if share and not clip:
-            most = max_amplitude(ed, index, gamut, window=window)
+            most, of = max_amplitude(ed, index, gamut, window=window), "" if unit == "norm" else f" in units of {unit}"
             raise ValueError(
-                f"at amplitude {amplitude:.4g}, {100 * share:.2g} % of the elements leave the gamut: stay below "
-                f"{most:.4g} (max_amplitude), or pass clip=True"
+                f"at amplitude {amplitude / factor:.4g}{of} of distortion {index}, {100 * share:.2g} % of the elements "
+                f"leave the gamut: stay below {most / factor:.4g} (max_amplitude gives it as a norm), or pass clip=True"
             )
         image = wanted.to(ed.image.dtype).clamp(low, high)
         found.append(

@@ -47,6 +47,8 @@ class Record(Facts):
         N, or, with a subspace, its dimension; 0 where the task failed.
     n_products, seconds : float
         What the task took where it ran.
+    name : str
+        Of the model and the layer: the one that a mapping gives, or both.
     file : str
         Where its distortions are, empty without a store.
     error, traceback : str
@@ -56,14 +58,10 @@ class Record(Facts):
     image: int | str
     model: str
     layer: str
+    name: str
     file: str
     error: str
     traceback: str
-
-    @property
-    def name(self) -> str:
-        """Of the model and the layer."""
-        return self.model if self.layer in ("", self.model) else f"{self.model} {self.layer}"
 
     def __repr__(self) -> str:
         return f"<image {self.image}, {self.name}: {self.error or f'{len(self.eigenvalues)} eigendistortions'}>"
@@ -96,6 +94,7 @@ class SweepResult(Sequence[Record]):
             facts = outcome.facts or Facts(empty.astype(np.intp), empty, empty, empty, (), 0, 0.0, 0.0)
             file = plan.files[i] if outcome.facts is not None and outcome.fields is None else ""
             known: dict[str, Any] = {"image": job.image, "model": job.model, "layer": job.layer or "", **vars(facts)}
+            known["name"] = job.model if plan.has_names or not job.layer else f"{job.model} {job.layer}"
             record = Record(file=file, error=outcome.error, traceback=outcome.trace, **known)
             records.append(record)
             self._fields[record.image, record.model, record.layer] = outcome.fields

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from fisherop import Eigendistortion, eigenpairs, plot, spectral_density, sweep
 from fisherop import plenoptic as po
@@ -101,7 +102,7 @@ def test_every_figure_takes_the_options_that_have_a_meaning_for_it():
 
 OPTIONS = [
     {},
-    {"fontsize": 8},  # what journals ask for at most
+    pytest.param({"fontsize": 8}, marks=pytest.mark.slow),  # what journals ask for at most
     {"fontsize": 11},
     pytest.param({"colorbar": True}, marks=pytest.mark.slow),
     pytest.param({"pixels_per_degree": 3}, marks=pytest.mark.slow),
@@ -116,8 +117,8 @@ def test_text_has_room(figure, width, options):
     if not options.keys() <= {"fontsize"} and figure not in ALL_PICTURES.values():
         pytest.skip("a figure of lines")
     drawn = figure(width=width, **options)
-    for resolution in (1, 1.1, 1.5):  # of those that it may be saved in, at which letters are of other widths
-        drawn.set_dpi(resolution * drawn.dpi)
+    for dpi in (drawn.dpi, 110, 150):  # in which it may be saved, too; letters are of other widths there
+        drawn.set_dpi(dpi)
         assert_text_has_room(drawn)
 
 
@@ -154,6 +155,16 @@ def test_titles_can_be_left_out(figure):
     plain = figure()
     assert plain.get_suptitle() or all(ax.get_title() or not ax.images for ax in plain.axes[:1])
     assert plot.distortions(GREY.image, CHANGES, True).axes[1].get_title().startswith("image + ")
+
+
+@of(FIGURES)
+def test_a_png_has_the_resolution_of_the_figure(figure):
+    drawn = figure(width=COLUMN)
+    assert drawn.dpi >= 300
+    with Image.open(io.BytesIO(saved(drawn, "png"))) as picture:
+        assert picture.width == pytest.approx(COLUMN * drawn.dpi, abs=2)
+    with rc_context({"savefig.dpi": 50}), Image.open(io.BytesIO(saved(drawn, "png"))) as picture:
+        assert picture.width == pytest.approx(COLUMN * 50, abs=2)
 
 
 def saved(figure, kind="pdf"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -296,7 +296,10 @@ class Search:
             confidence=0.0 if self.bounds == Bounds() else 1 - 2 * DELTA,
         )
         bounds = self.bounds.times(self.fact.scale**2)
-        details = {} if self.nullity is None else {"nullity": self.nullity}
+        details = {}
+        if self.nullity is not None:
+            proven = np.count_nonzero(self.found.values <= self.goal.tol * self.log.largest)
+            details["nullity"] = replace(self.nullity, estimate=max(self.nullity.estimate, float(proven)))
         return self._answer(self.found_rows, evidence, (bounds.low, bounds.high), details)
 
     def partial(self) -> Answer:
