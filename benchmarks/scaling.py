@@ -69,29 +69,32 @@ def cluster(n_workers):
 
 
 def tasks(count, size=64):
-    """Tasks a minute of 20 images × 3 layers, after each worker has done a few."""
+    """Tasks a minute of 20 images × 3 layers, after each worker has done a few, in three rounds by turns."""
     several = [torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
     models = [(resnet18, layer) for layer in LAYERS]
     warm = [torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1000 + i)) for i in range(8)]
 
     def measure(executor):
-        sweep(warm, models, executor=executor, tol=1e-4, rng=0, progress=False)
         start = time.perf_counter()
         table = sweep(several, models, executor=executor, tol=1e-4, rng=0, progress=False)
         assert not table.failed, table
         return 60 * len(table) / (time.perf_counter() - start)
 
-    rates = {"this process": measure(None)}
-    for n_workers in (1, 2):
-        with cluster(n_workers) as client:
-            rates[f"Dask, {n_workers} × 1 thread"] = measure(client.get_executor())
-    rates["this process, again"] = measure(None)
-    base = (rates["this process"] + rates["this process, again"]) / 2
+    with cluster(1) as one, cluster(2) as two:
+        where = {
+            "this process": None,
+            "Dask, 1 × 1 thread": one.get_executor(),
+            "Dask, 2 × 1 thread": two.get_executor(),
+        }
+        for executor in where.values():
+            sweep(warm, models, executor=executor, tol=1e-4, rng=0, progress=False)
+        rounds = [{name: measure(executor) for name, executor in where.items()} for _ in range(3)]
     print(f"\n{len(several)} images of {size}² × {len(models)} layers of ResNet18\n")
-    print("| where | tasks a minute | times one process |")
+    print("| where | tasks a minute | times one process, median |")
     print("|---|---|---|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:.0f} | {rate / base:.2f} |")
+    for name in where:
+        ratio = statistics.median(one[name] / one["this process"] for one in rounds)
+        print(f"| {name} | {', '.join(f'{one[name]:.0f}' for one in rounds)} | {ratio:.2f} |")
 
 
 def pooled(counts, size=64):

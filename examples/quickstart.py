@@ -20,7 +20,7 @@ for name, model in {"On–Off": OnOff(), "luminance gain": LuminanceGainControl(
     most, least = eds[name].detection_thresholds()[0]
     print(f"{name}\n\n{eds[name].result}\n")
     print(f"The least noticeable distortion must be at least {least / most:.0f} times as large as the most noticeable")
-    print("to change the model's response by as much, as far as the response is linear: from 0 to")
+    print("to change the model's response by as much, as far as the response is linear: up to")
     print(f"{eds[name].linear_range(-1):.3g} for the least, and {eds[name].linear_range(0):.3g} for the most.\n")
 
 fisherop.plot.compare(list(eds.values()), list(eds)).savefig("quickstart.png")

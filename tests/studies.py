@@ -28,6 +28,11 @@ def build():
     return Net().eval()
 
 
+def smooth():
+    """Without a branch, so that one recording serves all images."""
+    return torch.nn.Sequential(build().first, torch.nn.Softplus()).eval()
+
+
 def from_file(path):
     """What trainings write."""
     model = build()

@@ -330,7 +330,7 @@ def test_spaces_that_do_not_fit(space, message):
         (lambda: spaces.mask(2 * np.ones((3, 3))), ValueError, "weights must be from 0 to 1"),
         (lambda: spaces.mask("disc"), TypeError, "weights must be an array of weights from 0 to 1"),
         (lambda: spaces.bandpass((6, 5), 3, 2), ValueError, "high must be a number from low, got 2"),
-        (lambda: spaces.bandpass(6, 3, 4), ValueError, "shape must be an integer, or a sequence of integers"),
+        (lambda: spaces.bandpass(6, 3, 4), ValueError, "shape must be a sequence of at least 2 integers"),
         (lambda: spaces.channels([[1, 1, 1], [2, 2, 2]]), ValueError, "weights must be .* linearly independent"),
         (lambda: spaces.span(np.ones(3)), ValueError, r"basis must be images \(p, ...\), or columns \(N, p\)"),
         (lambda: spaces.mask(DISC) * 2, TypeError, "what is multiplied with a Space must be a Space, got 2"),

@@ -28,6 +28,7 @@ from studies import Net, build, images, only_on
 import fisherop
 from fisherop import Eigendistortion, LayerResponse, SweepError, noise, plot, spaces, sweep
 from fisherop.model import recipe
+from fisherop.model.engines import traced
 
 HERE = pathlib.Path(__file__).parent
 
@@ -348,6 +349,16 @@ def test_a_pool_that_lives_on_builds_anew_for_each_sweep(store, tmp_path):
         right = run(images(2), {"net": builder["net"]()})
         assert not found.failed
         np.testing.assert_array_equal([one.eigenvalues for one in found], [one.eigenvalues for one in right])
+
+
+def test_a_model_that_is_built_anew_and_the_same_keeps_its_programs(monkeypatch):
+    pool, built = Elsewhere(), []
+    trace = traced._trace
+    monkeypatch.setattr(traced, "_trace", lambda *args: built.append(args) or trace(*args))
+    found = [run(images(2), {"net": studies.smooth, "first": (studies.smooth, "0")}, executor=pool) for _ in range(3)]
+    assert len(built) == 2
+    for one, other in zip(*found[1:], strict=True):
+        np.testing.assert_array_equal(one.eigenvalues, other.eigenvalues)
 
 
 class OldCode(Elsewhere):

@@ -65,7 +65,7 @@ class Recipe:
 
     Where it is unpickled, it is the one that this process received before, if there is one, with what that has built:
     so that the program of a model serves all images. What builds a model does so anew for each recipe, since the files
-    that it reads may have changed.
+    that it reads may have changed; where that gives the model that was there, this one is kept, with its programs.
 
     Parameters
     ----------
@@ -79,12 +79,14 @@ class Recipe:
         self._data = data
         self._token = secrets.token_hex(8) * is_builder(given) if token is None else token
         self._models: dict[Any, Any] = {}
+        self._earlier: Recipe | None = None  # of the same builder
 
     def model(self, layer: str | None = None, device: torch.device | None = None) -> Any:
         """The model, or its response at a layer, on a device; the same object each time."""
         with _lock:
-            if (layer, device) not in self._models:
-                self._models[layer, device] = self._make(layer, device)
+            for key in ((None, None), (layer, device)):  # with the first may come the others, of an earlier recipe
+                if key not in self._models:
+                    self._models[key] = self._make(*key)
             return self._models[layer, device]
 
     def _make(self, layer: str | None, device: torch.device | None) -> Any:
@@ -103,7 +105,18 @@ class Recipe:
                 f"the model {self.name} can be called without arguments, so that it is taken to build a model, but it "
                 f"gave a {type(model).__name__}: let it return a model, or let its image be a required argument"
             )
-        return model
+        return model if self._data is None else self._as_before(model)
+
+    def _as_before(self, model: Any) -> Any:
+        """In a worker: the model that an earlier recipe has built, if this is the same."""
+        earlier, self._earlier = self._earlier, None
+        try:
+            self._models["identity"] = identity(model)
+        except TypeError:  # it can't be told
+            return model
+        if earlier is not None and earlier._models.get("identity") == self._models["identity"]:
+            self._models.update(earlier._models)
+        return self._models.get((None, None), model)
 
     def identity(self) -> str:
         """What the model is, as it was before it was first asked.
@@ -210,10 +223,13 @@ def unpacked(data: bytes, name: str) -> Any:
 
 
 def _receive(data: bytes, name: str, token: str) -> Recipe:
-    key = hashlib.sha256(data).hexdigest() + token
+    builder = hashlib.sha256(data).hexdigest()
+    key = builder + token
     with _lock:
         if key not in _received:
+            earlier = [recipe for other, recipe in _received.items() if other.startswith(builder)]
             _received[key] = Recipe(None, name, data, token)
+            _received[key]._earlier = earlier[-1] if earlier else None
         _received.move_to_end(key)
         while len(_received) > _KEPT:
             _received.popitem(last=False)
