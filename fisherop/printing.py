@@ -83,7 +83,7 @@ def printed(
             ax.tick_params(which="both", labelsize=fontsize)  # matplotlib makes ticks later, by its settings then
         _legend(figure)
         figure.draw_without_rendering()
-        _turn_labels(figure)
+        _turn_labels(figure, fontsize)
         labels = [(ax, ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
         for _ in range(2):  # broken lines leave less room to the axes
             figure.draw_without_rendering()
@@ -110,7 +110,7 @@ def _legend(figure: Figure) -> None:
         legend.remove()
 
 
-def _turn_labels(figure: Figure) -> None:
+def _turn_labels(figure: Figure, fontsize: float) -> None:
     """Names along an axis, where they would run into each other, read upwards, each in one line; the figure grows."""
     for ax in figure.axes:
         labels = [label for label in ax.get_xticklabels() if label.get_text()]
@@ -119,7 +119,7 @@ def _turn_labels(figure: Figure) -> None:
             if any("\n" in label.get_text() for label in labels):
                 ax.set_xticks(ax.get_xticks(), [label.get_text().replace("\n", " ") for label in labels])
             ax.tick_params(axis="x", labelrotation=90)
-            longest = max(extent(figure, label.get_text(), label.get_fontsize())[0] for label in ax.get_xticklabels())
+            longest = max(extent(figure, label.get_text(), fontsize)[0] for label in ax.get_xticklabels())
             taken = max(box.height for box in boxes)
             figure.set_figheight(figure.get_figheight() + max(0.0, longest - taken) / figure.dpi)
 
