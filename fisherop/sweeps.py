@@ -186,10 +186,11 @@ class SweepResult(Sequence[Record]):
 
 def _is_same(one: Record, other: Record) -> bool:
     """Whether they are one record, or copies of it, as pickles are."""
+    names = ("image", "model", "layer", "file", "error")
     arrays = ("eigenindex", "eigenvalues", "residual_norms")
-    alike = (vars(one).keys() == vars(other).keys()) and one.file == other.file and one.error == other.error
-    names = (one.image, one.model, one.layer) == (other.image, other.model, other.layer)
-    return one is other or (names and alike and all(np.array_equal(getattr(one, a), getattr(other, a)) for a in arrays))
+    return all(getattr(one, name) == getattr(other, name) for name in names) and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays
+    )
 
 
 def sweep(
