@@ -157,10 +157,11 @@ def eigenpairs(
         evidence = answer.evidence if solver.is_robust else None
 
         details = why | dict(answer.details)
-        if answer.range_error is not None:
-            details["range_error"] = answer.range_error
+        details |= {} if answer.range_error is None else {"range_error": answer.range_error}
         details |= {"quadrature": [one.to_dict() for one in answer.quadratures]} if answer.quadratures else {}
         details |= {} if stopped is None else {"stopped": str(stopped)}
+
+        before = operator.n_products
 
         def examined() -> EigenResult:
             return certify(
@@ -184,8 +185,10 @@ def eigenpairs(
             if kept is None or interrupt is not None:
                 raise
             interrupt, result = error, examined()  # the first Ctrl-C: what was found is worth it
-    judging_it = 0.0 if against is None else result.n_products  # by an operator that isn't the one that counts here
-    result = dataclasses.replace(result, n_products=operator.n_products + answer.n_earlier + judging_it)
+    certified = operator.n_products - before + (0.0 if against is None else result.n_products)  # which counts its own
+    if kept is not None:  # by the certificates of all calls for one search
+        certified = kept["certified"] = certified + (kept.get("certified", 0.0) if answer.n_earlier else 0.0)
+    result = dataclasses.replace(result, n_products=before + answer.n_earlier + certified)
     if kept is not None and stopped is None and not result.converged.all():
         kept.pop("search", None)  # the certificate rejects these pairs: don't go on with the search that found them
     if interrupt is not None and kept is not None:
@@ -277,9 +280,8 @@ def as_fisher(operator: FisherOperator | JacobianOperator) -> FisherOperator:
 def _check_state(state: Any) -> None:
     if state is not None:
         checks.instance("state", state, dict, "a dict, empty at first, or None")
-        kinds = (EigenResult, type(None))
-        what = "what an earlier call left"
-        checks.instance("state['result']", state.get("result"), kinds, what, "pass an empty dict")
+        left, kinds = state.get("result"), (EigenResult, type(None))
+        checks.instance("state['result']", left, kinds, "what an earlier call left", "pass an empty dict")
         if not hasattr(state.get("checkpoint"), "offer") and state.get("checkpoint") is not None:
             checks.refuse(TypeError, "state['checkpoint']", "a fisherop.checkpoint.Checkpoint", state["checkpoint"])
 
@@ -308,10 +310,8 @@ def _choose(
     for option in options:
         if option not in allowed:
             cures = {"seed": "; a seed is given as rng", "checkpoint": "; Eigendistortion.synthesize has checkpoints"}
-            cure = cures.get(option, "")
-            raise TypeError(
-                f"method {method!r} has no option {option!r}; its options: {', '.join(sorted(allowed)) or 'none'}{cure}"
-            )
+            those = ", ".join(sorted(allowed)) or "none"
+            raise TypeError(f"method {method!r} has no option {option!r}; its options: {those}{cures.get(option, '')}")
     return SOLVERS[method], method, why
 
 

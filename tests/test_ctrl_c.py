@@ -100,6 +100,8 @@ def test_a_loop_over_images_stops_and_goes_on():
             ed.synthesize("golub_kahan", on_failure="warn", rng=0, progress=False)
     (ed,) = done
     partial, spent = ed.result, ed.operator.n_products
+    start = spent - partial.n_products
+    assert 0 <= start <= 1  # the product that was interrupted
     assert not partial.converged.all() and partial.eigenindex.tolist() == [0, 119]
     assert partial.details["stopped"] == "golub_kahan was interrupted"
     ed.synthesize("golub_kahan", rng=0, progress=False)
@@ -107,7 +109,10 @@ def test_a_loop_over_images_stops_and_goes_on():
     before = cold.operator.n_products
     cold.synthesize("golub_kahan", rng=0, progress=False)
     assert ed.operator.n_products - spent <= cold.operator.n_products - before - 20
+    assert ed.result.n_products == ed.operator.n_products - start  # the certificate after Ctrl-C counts, too
     assert_right(ed, 1)
+    ed.synthesize("golub_kahan", k=2, rng=0, progress=False)
+    assert ed.result.n_products == ed.operator.n_products - start
 
 
 def test_a_second_one_ends_at_once():
