@@ -17,7 +17,7 @@ from fisherop.operators import FisherOperator
 from fisherop.pictures import figure
 from fisherop.progress import progress_bar
 from fisherop.result import EigenResult
-from fisherop.thresholds import amplitudes_at_threshold, change_along, check_response, linear_until
+from fisherop.thresholds import amplitudes_at_threshold, are_bounds, change_along, check_response, linear_until
 
 
 class Distortions(BuiltAnew):
@@ -48,7 +48,8 @@ class Distortions(BuiltAnew):
         places = result._some()
         norms = [norm(self.operator.to_tensors(result.eigenvectors[:, [i]])[0].double()) for i in places]
         amplitudes = amplitudes_at_threshold(result)[places]
-        more = markup.thresholds(amplitudes.tolist(), (amplitudes * norms / self.image.numel() ** 0.5).tolist())
+        rms = amplitudes * norms / self.image.numel() ** 0.5
+        more = markup.thresholds(amplitudes.tolist(), rms.tolist(), are_bounds(result)[places].tolist())
         return head + shown + result._html(places, more)
 
     def compute_jacobian(self, *, progress: bool = True) -> Tensor:
@@ -72,7 +73,8 @@ class Distortions(BuiltAnew):
         amplitudes, rms : ndarray, shape (K,)
             By what the distortion is multiplied, its norm in the image's units unless there is a metric or a mask of
             soft edge, and the root mean square of that per element of the image. Infinite where λ can't be told from
-            zero, below 4 ε² λ_max with ε the `noise` of products.
+            zero, below 4 ε² λ_max with ε the `noise` of products; a lower bound, which depends on tol, where the pair
+            is null to tol.
 
         Notes
         -----

@@ -26,7 +26,11 @@ def definitions(texts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in texts.items())}</dl>"
 
 
-def thresholds(amplitudes: Sequence[float], rms: Sequence[float]) -> dict[str, list[str]]:
-    """Columns of the amplitudes at which d′ = 1, and of their RMS."""
-    shown = {"threshold (d′ = 1)": amplitudes, "its RMS": rms}
-    return {name: ["∞" if x == float("inf") else f"{x:.3e}" for x in values] for name, values in shown.items()}
+def thresholds(amplitudes: Sequence[float], rms: Sequence[float], are_bounds: Sequence[bool]) -> dict[str, list[str]]:
+    """Columns of the amplitudes at which d′ = 1, and of their RMS, or of lower bounds of these."""
+
+    def texts(values: Sequence[float]) -> list[str]:
+        pairs = zip(values, are_bounds, strict=True)
+        return ["∞" if x == float("inf") else f"{'≥ ' * is_bound}{x:.3e}" for x, is_bound in pairs]
+
+    return {"threshold (d′ = 1)": texts(amplitudes), "its RMS": texts(rms)}

@@ -16,8 +16,8 @@ from fisherop.curves import convergence, density, response_change, spectrum, swe
 from fisherop.eigendistortion import Eigendistortion
 from fisherop.panels import Panel, draw
 from fisherop.pictures import default_scale, short, to_picture, to_pictures, value_range
-from fisherop.result import EigenResult, Status
-from fisherop.thresholds import amplitudes_at_threshold
+from fisherop.result import EigenResult
+from fisherop.thresholds import amplitudes_at_threshold, are_bounds
 from fisherop.webpage import page
 
 __all__ = [
@@ -343,7 +343,7 @@ def _alone(change: NDArray, title: str, percentile: float | None) -> Panel:
 def _threshold(result: EigenResult, i: int) -> str:
     """1 / √λ, by what the distortion is multiplied to be noticed; a bound where λ is null to tol."""
     amplitude = amplitudes_at_threshold(result)[i]
-    is_bound = result.status[i] == Status.NULL and math.isfinite(amplitude)
+    is_bound = are_bounds(result)[i] and math.isfinite(amplitude)
     return f"threshold {'≥ ' * is_bound}{short(amplitude)}"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherop.model.slopes import norm
 from fisherop.operators import FisherOperator
-from fisherop.result import EigenResult
+from fisherop.result import EigenResult, Status
 
 
 def amplitudes_at_threshold(result: EigenResult) -> NDArray[np.float64]:
@@ -18,6 +18,11 @@ def amplitudes_at_threshold(result: EigenResult) -> NDArray[np.float64]:
     amplitudes = np.full(len(seen), np.inf)
     amplitudes[seen] = result.eigenvalues[seen] ** -0.5
     return amplitudes
+
+
+def are_bounds(result: EigenResult) -> NDArray[np.bool_]:
+    """Whether each threshold is a lower bound, shape (K,): of a pair that is null to tol."""
+    return result.status == Status.NULL
 
 
 def change_along(operator: FisherOperator, vector: NDArray, scale: ArrayLike) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ from fisherop.model.slopes import norm
 from fisherop.pictures import to_picture, value_range
 from fisherop.result import EigenResult
 from fisherop.sweeps import SweepResult
-from fisherop.thresholds import amplitudes_at_threshold
+from fisherop.thresholds import amplitudes_at_threshold, are_bounds
 
 _MOST = 256 * 10**6  # bytes of a page: browsers open no text of more than 512 MB, and are slow long before
 
@@ -178,7 +178,7 @@ def _section(entry: Entry, vrange: tuple[float, float] | None) -> str:
         ],
     }
     rms = amplitudes * norms / picture.size**0.5
-    table = result._html(places, markup.thresholds(amplitudes.tolist(), rms.tolist()))
+    table = result._html(places, markup.thresholds(amplitudes.tolist(), rms.tolist(), are_bounds(result)[places].tolist()))
     blocks = [_block("image", picture, image.dtype)]
     blocks += [_block("distortion", to_picture(change), image.dtype) for change in changes]
     text = json.dumps(facts, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

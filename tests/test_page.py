@@ -411,9 +411,8 @@ def test_several_entries_labels_that_are_markup_and_the_table(browser, tmp_path)
         (table,) = [t for t in browser.find_elements("tag name", "table") if t.is_displayed()]
         rows = [row.text for row in table.find_elements("css selector", "tbody tr")]
         columns = ed.result._columns()
-        for row, texts, rms in zip(
-            rows, zip(*columns.values(), strict=True), ed.detection_thresholds()[1], strict=True
-        ):
+        cells = zip(*columns.values(), strict=True)
+        for row, texts, rms in zip(rows, cells, ed.detection_thresholds()[1], strict=True):
             assert row.startswith(" ".join(texts)) and row.endswith("∞" if np.isinf(rms) else f"{rms:.3e}")
         assert browser.find_element("css selector", ".entry:not([hidden]) tr[aria-current]").text == rows[1]
         text = browser.find_element("tag name", "main").text
@@ -478,6 +477,16 @@ def test_a_notebook_shows_pictures_and_the_table(shape):
     rms = ed.detection_thresholds()[1][0]
     assert ed.result._html(range(4)) not in text and f"<td>{rms:.3e}</td></tr>" in text
     assert all(word in text for word in (ed.result.ground, ed.result._head, "− distortion 46, RMS 0.05"))
+
+
+def test_the_threshold_of_what_is_null_to_tol_is_a_lower_bound(tmp_path):
+    image = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).reshape(2, 3)
+    scales = torch.tensor([2, 1, 1, 1, 1, 1e-5], dtype=torch.float64).reshape(2, 3)
+    ed = Eigendistortion(image, lambda x: scales * x).synthesize(progress=False)
+    rms = ed.detection_thresholds()[1]
+    for text in (ed._repr_html_(), plot.page(ed, tmp_path / "page.html").read_text(encoding="utf-8")):
+        assert f"<td>5.000e-01</td><td>{rms[0]:.3e}</td></tr>" in text
+        assert f"<td>null to tol</td><td>≥ 1.000e+05</td><td>≥ {rms[1]:.3e}</td></tr>" in text
 
 
 def test_a_notebook_before_a_synthesis_and_of_what_is_no_picture():
