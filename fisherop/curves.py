@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fisherop import checks
 from fisherop.density import SpectralDensity
 from fisherop.eigendistortion import Eigendistortion
-from fisherop.printing import COLOURS, cycle, entitle, every, plain, printed
+from fisherop.printing import COLOURS, DASHES, cycle, entitle, every, plain, printed
 from fisherop.result import EigenResult, Status
 from fisherop.sweeps import Record, SweepResult
 
@@ -79,7 +79,7 @@ def spectrum(
                 else:
                     x, chosen = result.eigenindex - last * place, ends[number][place]
                     x = x + 0.15 * (number - (len(results) - 1) / 2)  # beside each other
-                _draw_spectrum(ax, result, x, chosen, cycle(number), prefix)
+                _draw_spectrum(ax, result, x, chosen, number, prefix)
             last = results[0].image_size - 1
             if place is None:
                 ax.set_xlim(*((-0.03, 1.03) if relative else (-0.03 * last - 0.5, 1.03 * last + 0.5)))
@@ -105,8 +105,9 @@ def _ends(result: EigenResult) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
 
 
 def _draw_spectrum(
-    ax: Axes, result: EigenResult, x: NDArray, shown: NDArray[np.bool_], style: dict[str, Any], prefix: str
+    ax: Axes, result: EigenResult, x: NDArray, shown: NDArray[np.bool_], number: int, prefix: str
 ) -> None:
+    style = cycle(number)
     top = result.lambda_max_bounds[0] or 1.0
     floor = 1e-16 * top
     heights = np.maximum(result.eigenvalues, floor)
@@ -122,9 +123,8 @@ def _draw_spectrum(
         arrow = {"arrowstyle": "->", "color": style["color"]}
         ax.annotate("", (place, floor / 20), (place, floor), arrowprops=arrow, annotation_clip=False)
         ax.plot(place, floor / 30, alpha=0)  # makes room
-    ax.axhline(
-        result.tol * top, **style, markevery=[1], ms=4, clip_on=False, lw=1, ls="--", label=f"{prefix}tol · λ_max"
-    )
+    dashes = DASHES[number % len(DASHES)]  # a marker would look like an eigenvalue
+    ax.axhline(result.tol * top, color=style["color"], lw=1, ls=dashes, label=f"{prefix}tol · λ_max")
 
 
 def convergence(
@@ -337,7 +337,7 @@ def sweep(
     -------
     Figure
         A column for each model and layer, on a log scale: a point for each image, and a bar at the median. A hollow
-        point is a lower bound, of a pair that is null to tol, and a dashed bar the median of such: another tol gives
+        point is a lower bound, of a pair that is null to tol, and a thin bar the median of such: another tol gives
         another one. Infinite thresholds stand at the top, with how many there are. The threshold is the norm of the
         distortion, in the image's units.
 
@@ -366,14 +366,14 @@ def sweep(
                 spread = 0.12 * (np.arange(len(heights)) / max(len(heights) - 1, 1) - 0.5)
                 colour, marker = COLOURS[int(is_least)], "ov"[int(is_least)]
                 label = ("least" if is_least else "most") + " noticeable"
-                for chosen, face, what in ((~bounds, colour, ""), (bounds, "none", ", at least")):
+                for chosen, face, what in ((~bounds, colour, ""), (bounds, "none", ", lower bound")):
                     if chosen.any():
                         shown = np.minimum(heights[chosen], top)
                         ax.plot(
                             (place + spread)[chosen], shown, marker, color=colour, mfc=face, ms=4, label=label + what
                         )
-                style = "--" if bounds.any() else "-"
-                ax.hlines(min(float(np.median(heights)), top), place - 0.14, place + 0.14, color=colour, lw=2, ls=style)
+                ends = place - 0.14, place + 0.14
+                ax.hlines(min(float(np.median(heights)), top), *ends, color=colour, lw=0.7 if bounds.any() else 2)
                 if np.isinf(heights).any():
                     infinite[place] = f"∞: {np.isinf(heights).sum()} of {len(heights)}"
         ax.set_yscale("log")

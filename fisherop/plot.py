@@ -343,7 +343,7 @@ def _alone(change: NDArray, title: str, percentile: float | None) -> Panel:
 def _threshold(result: EigenResult, i: int) -> str:
     """1 / √λ, by what the distortion is multiplied to be noticed; a bound where λ is null to tol."""
     amplitude = amplitudes_at_threshold(result)[i]
-    is_bound = are_bounds(result)[i] and math.isfinite(amplitude)
+    is_bound = bool(are_bounds(result)[i]) and math.isfinite(amplitude)
     return f"threshold {'≥ ' * is_bound}{short(amplitude)}"
 
 

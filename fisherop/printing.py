@@ -16,6 +16,8 @@ from fisherop import checks
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 """Of Okabe and Ito (2008), for the colour-blind; those that come first differ in a print without colours, too."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: Any = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 6)))
+"""Of a line that has no points of its own, in multiples of its width."""
 _TRUETYPE: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # matplotlib's default is Type 3, which journals refuse
 PRINT_DPI = 300
 """Dots per inch, at least, where a width is given."""

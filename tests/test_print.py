@@ -291,7 +291,8 @@ def looks(figure):
         for label, line in lines:
             if not label.startswith("_"):
                 hollow = line.get_fillstyle() == "none" or line.get_markerfacecolor() == "none"
-                yield label, (line.get_marker(), line.get_linestyle(), hollow), line.get_color()
+                dashes = tuple(line._dash_pattern[1] or ())  # matplotlib calls all patterns of one's own "--"
+                yield label, (line.get_marker(), line.get_linestyle(), dashes, hollow), line.get_color()
 
 
 @of(ALL_LINES)
