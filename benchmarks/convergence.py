@@ -10,6 +10,14 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
+from fisherop.printing import COLOURS, MARKERS
+
+TITLES = {
+    "ResNet18 maxpool": "ResNet18 to maxpool, float32",
+    "onoff_56": "On–Off, 56 × 56",
+    "luminance_gain_56": "luminance gain, 56 × 56",
+    "vgg16_features11_40": "VGG16 features.11, 40 × 40",
+}
 FLOOR = 1e-16  # of the axis; rows without an answer are left out
 
 
@@ -21,8 +29,10 @@ def main() -> None:
     rows = [row for path in options.results for row in json.loads(path.read_text()) if row["bottom"] is not None]
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     lines = list(dict.fromkeys(row["method"].split(",")[0] for row in rows))
-    figure, axes = plt.subplots(1, len(problems), figsize=(3.4 * len(problems), 3.6), sharey=True, squeeze=False)
-    for ax, problem in zip(axes[0], problems, strict=True):
+    rows_of_axes = -(-len(problems) // 2)
+    size = (7, 2.9 * rows_of_axes + 0.6)
+    figure, axes = plt.subplots(rows_of_axes, 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, problem in zip(axes.flat, problems, strict=False):
         for number, line in enumerate(lines):
             points = sorted(
                 (row["products"], max(row["top_error"], row["bottom_error"], FLOOR))
@@ -30,17 +40,19 @@ def main() -> None:
                 if row["problem"] == problem and row["method"].split(",")[0] == line
             )
             if points:
-                bold = {"color": "black", "linewidth": 2.5, "zorder": 3} if line == "auto" else {"color": f"C{number}"}
+                style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+                style |= {"linewidth": 2.5, "zorder": 3} if line == "auto" else {"linewidth": 1}
                 label = "golub_kahan (auto)" if line == "auto" else line
-                ax.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=label, **bold)
-        ax.set_title(problem, fontsize=10)
-        ax.set_xlabel("products (one J v and one Jᵀu)")
+                ax.loglog(*zip(*points, strict=True), markersize=5, label=label, **style)
+        ax.set_title(TITLES.get(problem, problem))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("true error of both ends / λ_max")
-    handles = {text: h for ax in axes[0] for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+        ax.set_xlabel("products (one J v and one Jᵀu)")
+    for ax in axes.flat[len(problems) :]:
+        ax.remove()
+    figure.supylabel("true error of both ends / λ_max", fontsize="medium")
+    handles = {text: h for ax in axes.flat for h, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(options.out, dpi=150)
 
 

@@ -88,8 +88,10 @@ def load_imagenet_weights(model: nn.Module, name: str) -> str:
         from torchvision.models import get_model_weights
 
         state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False)
-    except (ImportError, OSError) as error:
-        return f"random weights, as ImageNet's can't be had here ({type(error).__name__}: {error})"
+    except ImportError:
+        return "random weights: those of ImageNet come with torchvision, which is not installed"
+    except OSError as error:
+        return f"random weights: those of ImageNet could not be downloaded ({error})"
     own = model.state_dict()
     model.load_state_dict({key: value for key, value in state.items() if key in own})
     return "weights trained on ImageNet"

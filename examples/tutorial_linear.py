@@ -6,8 +6,8 @@ A linear model of a small "image", where linear algebra says what must come out.
 """
 
 # %%
-# 1.1 The model
-# -------------
+# The model
+# ---------
 # y = M x, from n = 25 pixels to m = 10 responses. Its Jacobian is M, at every image.
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,16 +24,16 @@ matrix = model.weight.detach().numpy()
 image = torch.ones(n, dtype=torch.float64)
 
 # %%
-# 1.2 All eigendistortions
-# ------------------------
+# All eigendistortions
+# --------------------
 # By the Jacobian as a whole.
 exact = Eigendistortion(image, model).synthesize("exact")
 print(exact)
 print(f"{len(exact.eigenvalues)} eigendistortions, each of shape {tuple(exact.eigendistortions[0].shape)}")
 
 # %%
-# 1.3 What linear algebra says
-# ----------------------------
+# What linear algebra says
+# ------------------------
 # They are the right singular vectors of M, and its squared singular values.
 sigma = np.linalg.svd(matrix, compute_uv=False)
 expected = np.r_[sigma**2, np.zeros(n - m)]
@@ -53,8 +53,8 @@ axes[2].plot(exact.result.eigenindex, exact.result.eigenvalues, "o", ms=4, label
 axes[2].set(title="eigenvalues of F = MᵀM", xlabel="eigenindex", ylabel="eigenvalue")
 
 # %%
-# 1.4 Both ends, by products alone
-# --------------------------------
+# Both ends, by products alone
+# ----------------------------
 # A real image has too many pixels for that, so that methods must find both ends from products alone. The last
 # eigendistortion is not the one above: every vector in the null space of M changes no response, and is as good.
 null_space = np.linalg.qr(matrix.T, mode="complete")[0][:, m:]  # (n, n - m)
@@ -94,8 +94,8 @@ figure.savefig("tutorial_linear_null_space.png", dpi=150)
 fisherop.plot.spectrum([exact.result, power.result]).savefig("tutorial_linear_spectrum.png", dpi=150)
 
 # %%
-# 1.5 Another image
-# -----------------
+# Another image
+# -------------
 # The Fisher information depends on the image, but not where the model is linear.
 elsewhere = Eigendistortion(torch.randn(n, dtype=torch.float64), model)
 print(f"\nThe Jacobian at another image is M: {np.array_equal(elsewhere.compute_jacobian(), matrix)}")

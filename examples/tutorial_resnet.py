@@ -6,8 +6,8 @@ Two layers of ResNet18 as models of what people notice in a picture, in colour a
 """
 
 # %%
-# 2.1 An image
-# ------------
+# An image
+# --------
 # Three channels, values from 0 to 1.
 import torch
 from networks import Normalise, ResNet18, load_imagenet_weights
@@ -21,8 +21,8 @@ photograph = images.photograph()[..., 150:278, 198:326]
 print(f"Image: {tuple(photograph.shape)}, from {photograph.min():.2g} to {photograph.max():.2g}")
 
 # %%
-# 2.2 Models
-# ----------
+# Models
+# ------
 # ResNet18 up to its maxpool, and up to the first block of its second layer. The normalisation that the network was
 # trained with is part of the model, so that distortions are in the units of the picture.
 torch.manual_seed(0)
@@ -31,24 +31,24 @@ print(f"ResNet18 has {load_imagenet_weights(network, 'resnet18')}.")
 layers = {name: nn.Sequential(Normalise(), LayerResponse(network, name)).eval() for name in ("maxpool", "layer2.0")}
 
 # %%
-# 2.3 Both ends of the spectrum
-# -----------------------------
+# Both ends of the spectrum
+# -------------------------
 # With a proof: residuals, bounds, and on what ground they are the extreme ones.
 eds = {name: Eigendistortion(photograph, model).synthesize(tol=1e-5, rng=0) for name, model in layers.items()}
 for name, ed in eds.items():
     print(f"\n{name}\n{ed.result}")
 
 # %%
-# 2.4 What they look like
-# -----------------------
+# What they look like
+# -------------------
 # One row a layer, all at the same scale.
 fisherop.plot.compare(list(eds.values()), list(eds)).savefig("tutorial_resnet_color.png")
 for name, ed in eds.items():
     fisherop.plot.eigendistortions(ed).savefig(f"tutorial_resnet_{name.replace('.', '_')}.png")
 
 # %%
-# 2.5 Which layer's are more plausible?
-# -------------------------------------
+# Which layer's are more plausible?
+# ---------------------------------
 # In the end people must say: the better model's most noticeable distortion is the easier one to see, its least
 # noticeable the harder one. A first answer without an experiment is what a model says that was fitted to human
 # judgements of distortions.
@@ -76,8 +76,8 @@ print(
 )
 
 # %%
-# 2.6 A grey image
-# ----------------
+# A grey image
+# ------------
 # Another image has other eigendistortions: a grey one, repeated over the channels.
 grey = images.photograph(as_gray=True)[..., 400:528, 200:328].repeat(1, 3, 1, 1)
 eds = [Eigendistortion(grey, model).synthesize(tol=1e-5, rng=0) for model in layers.values()]

@@ -1,7 +1,7 @@
 """plenoptic's names for what is here: ``import fisherop.plenoptic as po`` in the place of ``import plenoptic as po``.
 
 The eigendistortions and their figures are fisherop's; every other name is looked up in plenoptic, which has to be
-installed for those alone. ``docs/from_plenoptic.md`` says what differs.
+installed for those alone. docs/from_plenoptic.md says what differs.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A name that begins with a public name of fisherop must be described, so that a m
 or a word of code, as `tol`, needs no description.
 """
 
+import re
+
 from sphinx.domains.python import PyXRefRole
 
 import fisherop
@@ -35,6 +37,12 @@ def resolve(app, env, node, contnode):
     return None if is_public else contnode
 
 
+def link_pages(app, what, name, obj, options, lines):
+    """A page that a docstring names by its file is a link to it."""
+    lines[:] = [re.sub(r"docs/(\w+)\.md", r":doc:`docs/\1.md </\1>`", line) for line in lines]
+
+
 def setup(app):
     app.add_role_to_domain("py", "documented", Documented())  # the domain's, so that Sphinx finds it by this name alone
+    app.connect("autodoc-process-docstring", link_pages)
     app.connect("missing-reference", resolve, priority=900)
