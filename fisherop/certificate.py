@@ -113,7 +113,7 @@ def certify(
     if against is not None:
         operator.products.check_current()
         operator, sample, bounds = judging(operator, against), None, (0.0, np.inf)
-        evidence = evidence and dataclasses.replace(evidence, dtype=str(dtype))
+        evidence = evidence and dataclasses.replace(evidence, dtype=str(dtype), confidence=0.0)
         details["against"] = f"judged by products in {operator.dtype}"
     operator = counted(operator)
     n = operator.shape[0]

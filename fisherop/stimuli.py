@@ -128,7 +128,8 @@ def series(
     window : array_like, optional
         Weights of the image's shape, or of its last dimensions, by which the distortion is multiplied.
     clip : bool
-        Set what leaves the gamut to its ends, in place of an error.
+        Set what leaves the gamut to its ends, in place of an error; where that is more than half of an image, with a
+        RuntimeWarning.
 
     Returns
     -------
@@ -200,6 +201,10 @@ def _series(
                 clipped=share,
             )
         )
+    worst = max(found, key=lambda one: one.clipped)
+    if worst.clipped > 0.5:
+        share, size = f"{100 * worst.clipped:.3g} %", f"{worst.amplitude / factor:.4g}"
+        checks.warn(f"at amplitude {size} of distortion {index}, {share} of the elements are clipped: give less")
     return found
 
 

@@ -178,7 +178,8 @@ def _section(entry: Entry, vrange: tuple[float, float] | None) -> str:
         ],
     }
     rms = amplitudes * norms / picture.size**0.5
-    table = result._html(places, markup.thresholds(amplitudes.tolist(), rms.tolist(), are_bounds(result)[places].tolist()))
+    more = markup.thresholds(amplitudes.tolist(), rms.tolist(), are_bounds(result)[places].tolist())
+    table = result._html(places, more)
     blocks = [_block("image", picture, image.dtype)]
     blocks += [_block("distortion", to_picture(change), image.dtype) for change in changes]
     text = json.dumps(facts, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

@@ -136,6 +136,8 @@ def test_a_precise_program_agrees_where_the_constants_are():
     result = eigenpairs(F, 2, tol=1e-5, rng=0, progress=False, against=torch.float64, method="golub_kahan")
     own = eigenpairs(F, 2, tol=1e-5, rng=0, progress=False, method="golub_kahan")
     assert result.converged.all() and result.n_products <= own.n_products + 8
+    assert "outer bounds" in own.ground and "outer bounds" not in result.ground  # which are the float32 program's
+    assert result.lambda_min_bounds[0] == 0 and result.lambda_max_bounds[1] == np.inf
     held = model.weight.detach().double().numpy()
     truth = np.linalg.svd(held)[1] ** 2
     assert result.lambda_max_bounds[0] <= truth[0] <= result.lambda_max_bounds[1]

@@ -122,7 +122,8 @@ def test_nothing_is_written_where_something_would_clip(tmp_path):
     with pytest.raises(ValueError, match="leave the gamut"):
         stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, 50.0])
     assert not (tmp_path / "new").exists()
-    path = stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, 50.0], clip=True)
+    with pytest.warns(RuntimeWarning, match=r"at amplitude 50 of .*, \d+(\.\d)? % of the elements are clipped"):
+        path = stimuli.export(ed, tmp_path / "new", amplitudes=[0.1, 50.0], clip=True)
     assert [float(row["clipped"]) > 0 for row in table(path)] == [False, False, True, False, True]
 
 
