@@ -22,6 +22,7 @@ _TRUETYPE: Any = {"pdf.fonttype": 42, "ps.fonttype": 42}  # matplotlib's default
 PRINT_DPI = 300
 """Dots per inch, at least, where a width is given."""
 _HINTING = 1.05  # how much wider text may be at another resolution, where its letters are fitted to other dots
+_LINES = 1.1  # how much taller, where lines take whole dots
 _SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize", "figure.titlesize")
 
 
@@ -169,4 +170,4 @@ def extent(figure: Figure, text: str, fontsize: float) -> tuple[float, float]:
     drawn = figure.text(0, 0, text, fontsize=fontsize)
     box = drawn.get_window_extent()
     drawn.remove()
-    return _HINTING * box.width, box.height
+    return _HINTING * box.width, _LINES * box.height
