@@ -204,7 +204,7 @@ def _series(
     worst = max(found, key=lambda one: one.clipped)
     if worst.clipped > 0.5:
         share, size = f"{100 * worst.clipped:.3g} %", f"{worst.amplitude / factor:.4g}"
-        checks.warn(f"at amplitude {size} of distortion {index}, {share} of the elements are clipped: take smaller ones")
+        checks.warn(f"at amplitude {size} of distortion {index}, {share} of the elements are clipped: take a smaller one")
     return found
 
 
