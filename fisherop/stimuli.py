@@ -203,8 +203,8 @@ def _series(
         )
     worst = max(found, key=lambda one: one.clipped)
     if worst.clipped > 0.5:
-        share, size = f"{100 * worst.clipped:.3g} %", f"{worst.amplitude / factor:.4g}"
-        checks.warn(f"at amplitude {size} of distortion {index}, {share} of the elements are clipped: take a smaller one")
+        what = f"at amplitude {worst.amplitude / factor:.4g} of distortion {index}"
+        checks.warn(f"{what}, {100 * worst.clipped:.3g} % of the elements are clipped: take a smaller amplitude")
     return found
 
 
