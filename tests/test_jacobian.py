@@ -279,7 +279,8 @@ def test_triplets_go_on(shape):
         first = singular_triplets(A, 1, tol=1e-3, state=state, **options)
         again = singular_triplets(A, 1, state=state, **options)
         anew = singular_triplets(A, 1, **options)
-        assert again.n_products <= anew.n_products + 4 and again.n_products > first.n_products
+        certificate = 5  # of the first call
+        assert first.n_products < again.n_products <= anew.n_products + certificate
         np.testing.assert_allclose(again.s, [3, 1])
     with pytest.raises(ValueError, match="state belongs to another operator: pass an empty dict"):
         singular_triplets(matrix.copy(), 1, state=state, **options)
