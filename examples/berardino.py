@@ -5,7 +5,7 @@ On–Off against VGG16, after Berardino et al. 2017
 What a model of the early visual system and a layer of VGG16 notice most and least in a photograph of 254 × 254.
 
 The comparison of A. Berardino, J. Ballé, V. Laparra and E. Simoncelli, Eigen-distortions of hierarchical
-representations, NeurIPS 2017, in a minute or two; with random weights where those of ImageNet can't be had.
+representations, NeurIPS 2017, in some minutes; with random weights where those of ImageNet can't be had.
 """
 
 # %%

@@ -1,6 +1,6 @@
 """
-A photograph and its extremes, in ten lines
-===========================================
+A photograph and its extremes, in a few lines
+=============================================
 
 The most and the least noticeable change of a photograph, for two models of the early visual system.
 """

@@ -72,7 +72,7 @@ best = max(ratios, key=ratios.get)
 print(
     "For On–Off the most noticeable is "
     + ", ".join(f"{ratio:.3g} times as visible as the least for {name}" for name, ratio in ratios.items())
-    + f":\nby this measure the distortions of {best} are the more plausible ones."
+    + f":\nby this measure, and with these weights, the distortions of {best} are the more plausible ones."
 )
 
 # %%
@@ -85,7 +85,7 @@ fisherop.plot.compare(eds, list(layers)).savefig("tutorial_resnet_grey.png")
 for name, ed in zip(layers, eds, strict=True):
     most, least = ed.detection_thresholds()[1]
     print(f"\nGrey image, {name}: a change of the response by 1 takes an RMS of {most:.2g} along the most noticeable")
-    print(f"distortion, of {least:.2g} along the least.")
+    print(f"distortion, of {least:.2g} along the least, if the response were linear that far: linear_range tells.")
 print(
     "\nFigures: tutorial_resnet_color.png, tutorial_resnet_maxpool.png, tutorial_resnet_layer2_0.png, "
     "tutorial_resnet_grey.png"

@@ -339,7 +339,7 @@ def sweep(
         A column for each model and layer, on a log scale: a point for each image, and a bar at the median. A hollow
         point is a lower bound, of a pair that is null to tol, and a thin bar the median of such: another tol gives
         another one. Infinite thresholds stand at the top, with how many there are. The threshold is the norm of the
-        distortion, in the image's units.
+        distortion, in the image's units, as F predicts it.
 
     Raises
     ------

@@ -152,7 +152,8 @@ def eigendistortions(
     -------
     Figure
         What leaves `vrange` is clipped, on the display only. A distortion is shown on its own symmetric scale, so that
-        mid-grey is no change. The threshold, 1 / √λ, is what it must be multiplied by to be noticed.
+        mid-grey is no change. The threshold, 1 / √λ, is what it must be multiplied by for the response to move by 1,
+        as F predicts it: "≥" says that λ may be smaller, and `response_change` how far the prediction holds.
 
     Raises
     ------
@@ -217,8 +218,8 @@ def compare(
     -------
     Figure
         The image, once where all have the same, and the image plus the scaled distortion, the most and the least
-        noticeable one. The threshold, 1 / √λ, is what the distortion must be multiplied by to be noticed; where it is
-        null to tol, that is a bound.
+        noticeable one. The threshold, 1 / √λ, is what the distortion must be multiplied by for the response to move by
+        1, as F predicts it: "≥" says that λ may be smaller, and `response_change` how far the prediction holds.
 
     Raises
     ------

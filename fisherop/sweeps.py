@@ -133,7 +133,7 @@ class SweepResult(Sequence[Record]):
 
         Its columns are those of `Record`: image, model, layer, eigenindex, eigenvalue, residual (‖F v − λ v‖, not
         relative), status, threshold (of the norm; a lower bound if the status is null to tol), n_pixels, products and
-        seconds of the task, file, error.
+        seconds of the task, file (an absolute path), error.
 
         Parameters
         ----------
